@@ -1,0 +1,234 @@
+"""Norse: ``LIF``, ``LIFCell``, ``LI`` and ``LICell`` with sparse, time-fused backward; swap the class, keep the rest.
+
+::
+
+    from snn_sparse_backend.adapters.norse import LIF, LI
+
+The classes subclass Norse's own (constructor, parameters, initial states, ``isinstance`` and NIR export are inherited)
+and replace only ``forward``. Sequences are ``[T, B, ...]``, cells take one time step ``[B, ...]``.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import norse.torch as stock
+import torch
+from norse.torch.functional.leaky_integrator import LIState, li_feed_forward_step
+from norse.torch.functional.lif import LIFFeedForwardState, lif_feed_forward_step
+from norse.torch.module.snn import SNN, SNNCell
+from torch import nn
+
+from ..compat.norse import input_drives_membrane_at_once, surrogate_of
+from ..config import Options, config
+from ..dynamics import LI as LI_DYNAMICS
+from ..dynamics import LIF as LIF_DYNAMICS
+from ..kernels import DTYPES
+from ..neuron_tape import Plan, computing_dtype, run_neuron
+from ..surrogate import NO_GRADIENT
+from . import synapses
+from .adapter import OPTIONS, Adapter
+from .fallback import mode_problem, report, tensor_problem
+
+LIBRARY = "norse"
+__all__ = ["LI", "LICell", "LIF", "LIFCell"]
+
+_LIF_NAMES = ("tau_mem_inv", "tau_syn_inv", "v_leak", "v_th", "v_reset")
+_LI_NAMES = _LIF_NAMES[:3]
+
+
+def options_of(module: Any) -> Options | None:
+    """Options in force for a module, None if neither it nor its library is enabled; swapped classes always are."""
+    own = module.__dict__.get(OPTIONS) or config.libraries.get(LIBRARY)
+    return own or (config.defaults if type(module) in _SWAPPED else None)
+
+
+def _sequence_forward(self: Any, input_tensor: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
+    """Sequence ``[T, B, ...]`` -> output ``[T, B, ...]`` and the last state (all states with ``record_states``)."""
+    return _forward(self, SNN.forward, input_tensor, state, sequence=True)
+
+
+def _cell_forward(self: Any, input_tensor: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
+    """One time step ``[B, ...]`` -> output and state of the same shape."""
+    return _forward(self, SNNCell.forward, input_tensor, state, sequence=False)
+
+
+def _forward(self: Any, host: Any, x: torch.Tensor, state: Any, sequence: bool) -> tuple[torch.Tensor, Any]:
+    if torch.compiler.is_compiling():
+        return host(self, x, state)
+    options = options_of(self)
+    if options is None or not torch.is_grad_enabled() or not isinstance(x, torch.Tensor):
+        return host(self, x, state)
+    problem = _problem(self, x, sequence)
+    if problem is None:
+        state = state if state is not None else self.state_fallback(x)
+        plan, problem = _plan_of(self, options, x.shape[1:] if sequence else x.shape, x, state)
+    if problem is not None:
+        report(self, problem)
+        return host(self, x, state)
+    if plan is None or not any(t.requires_grad for t in (x, state.v, state.i, *plan.parameters)):
+        return host(self, x, state)
+    if type(self) in _SWAPPED:
+        synapses.switch("norse classes", True)
+    synapses.learn_source(x, options)
+    record = sequence and self.record_states
+    result = run_neuron(plan, x, [state.v, state.i], x.shape[0] if sequence else None, record)
+    v, i = result.recorded if record else result.finals
+    kind = LIFFeedForwardState if plan.dynamics is LIF_DYNAMICS else LIState
+    return result.output, kind(v=v, i=i)
+
+
+def _problem(module: Any, x: torch.Tensor, sequence: bool) -> str | None:
+    """Why this call must run the host's code, as far as it does not depend on parameters and state."""
+    if type(module) not in _KINDS:
+        return f"it is a subclass of {type(module).__mro__[1].__name__}"
+    if x.is_sparse:
+        return "sparse COO inputs have other gradients in Norse"
+    problem = tensor_problem(x) or mode_problem()
+    if problem is not None:
+        return problem
+    if not x.numel() or (sequence and x.dim() == 0):
+        return "the input is empty"
+    if module.activation is not _KINDS[type(module)]:
+        return "its activation is not the library's feed-forward step"
+    if _is_lif(module) and not input_drives_membrane_at_once():
+        return "this version of Norse orders the LIF step differently"
+    return None
+
+
+def _is_lif(module: Any) -> bool:
+    return isinstance(module, (stock.LIF, stock.LIFCell))
+
+
+# ---------------------------------------------------------------------------------------------------- plans
+
+# Per module: key, plan, problem, and what the key names by id.
+_plans: weakref.WeakKeyDictionary[Any, tuple[Any, Plan | None, str | None, Any]] = weakref.WeakKeyDictionary()
+
+
+def _plan_of(module: Any, options: Options, shape: torch.Size, x: torch.Tensor,
+             state: Any) -> tuple[Plan | None, str | None]:
+    """The plan of a module, made anew whenever something it depends on changed; or why there is none."""
+    p = module.p
+    tensors = [getattr(p, name) for name in (_LIF_NAMES if _is_lif(module) else _LI_NAMES)]
+    if not all(isinstance(t, torch.Tensor) for t in (*tensors, state.v, state.i)):
+        return None, "its parameters or states are not all tensors"
+    dtype = computing_dtype(x, [state.i])
+    problem = _state_problem(shape, dtype, state)
+    if problem is not None:
+        return None, problem
+    method, alpha = getattr(p, "method", ""), getattr(p, "alpha", 0.0)
+    watched = [t for t in (*tensors, alpha, module.dt) if isinstance(t, torch.Tensor)]
+    key = (id(options), shape, dtype, method, *((id(t), t._version, t.requires_grad) for t in watched),
+           *(v for v in (alpha, module.dt) if not isinstance(v, torch.Tensor)))
+    known = _plans.get(module)
+    if known is None or known[0] != key:
+        problem = _parameter_problem(shape, dtype, tensors, alpha)
+        plan = None if problem else _make_plan(module, options, tensors, method, alpha)
+        known = _plans[module] = (key, plan, problem, (options, watched))
+    return known[1], known[2]
+
+
+def _state_problem(shape: torch.Size, dtype: torch.dtype, state: Any) -> str | None:
+    problem = tensor_problem(state.v, state.i)
+    if problem is not None:
+        return f"state: {problem}"
+    if dtype not in DTYPES:
+        return f"a state of {dtype} is not supported, only float32 and float64"
+    if state.v.dim() and torch.promote_types(state.v.dtype, dtype) != dtype:
+        return f"v of {state.v.dtype} and i of {dtype} mix dtypes"
+    if not all(_broadcasts(s, shape) for s in state):
+        return f"a state of shape {tuple(state.v.shape)} does not broadcast to the input of shape {tuple(shape)}"
+    return None
+
+
+def _broadcasts(tensor: torch.Tensor, shape: torch.Size) -> bool:
+    try:
+        return torch.broadcast_shapes(tensor.shape, shape) == shape
+    except RuntimeError:
+        return False
+
+
+def _parameter_problem(shape: torch.Size, dtype: torch.dtype, tensors: list[torch.Tensor], alpha: Any) -> str | None:
+    for tensor in tensors:
+        problem = tensor_problem(tensor)
+        if problem is not None:
+            return f"parameters: {problem}"
+        if not _broadcasts(tensor, shape):
+            return f"a parameter of shape {tuple(tensor.shape)} does not broadcast to the input {tuple(shape)}"
+        if tensor.dim() and torch.promote_types(tensor.dtype, dtype) != dtype:
+            return f"a parameter of dtype {tensor.dtype} would change the dtype {dtype} of the state"
+    if isinstance(alpha, torch.Tensor) and alpha.numel() != 1:
+        return "alpha differs from neuron to neuron"
+    return None
+
+
+def _make_plan(module: Any, options: Options, tensors: list[torch.Tensor], method: str, alpha: Any) -> Plan | None:
+    dt = module.dt
+
+    def derive() -> tuple[torch.Tensor, ...]:
+        return dt * tensors[0], -dt * tensors[1], *tensors[2:]
+
+    if not _is_lif(module):
+        return Plan(LI_DYNAMICS, NO_GRADIENT, options, tuple(tensors), derive)
+    surrogate = surrogate_of(method, float(alpha))
+    if surrogate is None:  # Norse raises its own error
+        return None
+    return Plan(LIF_DYNAMICS, surrogate.within(options.cutoff), options, tuple(tensors), derive,
+                differentiable_output=surrogate is not NO_GRADIENT)
+
+
+# ---------------------------------------------------------------------------------------------------- classes
+
+
+class LIF(stock.LIF):
+    """Norse's ``LIF``: leaky integrate-and-fire neurons over a sequence ``[T, B, ...]``."""
+
+    forward = _sequence_forward
+
+
+class LIFCell(stock.LIFCell):
+    """Norse's ``LIFCell``: one time step ``[B, ...]`` of leaky integrate-and-fire neurons."""
+
+    forward = _cell_forward
+
+
+class LI(stock.LI):
+    """Norse's ``LI``: leaky integrators over a sequence ``[T, B, ...]``."""
+
+    forward = _sequence_forward
+
+
+class LICell(stock.LICell):
+    """Norse's ``LICell``: one time step ``[B, ...]`` of leaky integrators."""
+
+    forward = _cell_forward
+
+
+_SWAPPED = (LIF, LIFCell, LI, LICell)
+_FORWARDS = {stock.LIF: _sequence_forward, stock.LIFCell: _cell_forward, stock.LI: _sequence_forward,
+             stock.LICell: _cell_forward}
+# The step function each class must have for the kernels to be the same thing.
+_KINDS = {kind: lif_feed_forward_step if issubclass(kind, (stock.LIF, stock.LIFCell)) else li_feed_forward_step
+          for kind in (*_FORWARDS, *_SWAPPED)}
+
+_models: weakref.WeakSet[Any] = weakref.WeakSet()  # layers of models that are enabled on their own
+
+
+def _refresh() -> None:
+    """Patches Norse's own classes if the library or some model is enabled, else restores them."""
+    wanted = LIBRARY in config.libraries or len(_models) > 0
+    for kind, forward in _FORWARDS.items():
+        if wanted:
+            kind.forward = forward
+        elif "forward" in vars(kind):
+            del kind.forward  # inherited from SNN or SNNCell again
+    synapses.switch(LIBRARY, wanted)
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if type(m) in _KINDS]
+
+
+adapter = Adapter(LIBRARY, _refresh, _layers, _models)

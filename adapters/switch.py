@@ -1,0 +1,99 @@
+"""Turning the backend on and off: for a library, for a scope, or for one model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from ..config import config
+from .adapter import Adapter
+
+_LIBRARIES = ("snntorch", "norse")
+
+
+def _adapter(library: str) -> Adapter:
+    if library not in _LIBRARIES:
+        expected = " or ".join(map(repr, _LIBRARIES))
+        raise ValueError(f"unknown library {library!r}: expected {expected}, or a model (torch.nn.Module)")
+    try:
+        module = import_module(f"..{library}", __name__)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != library:
+            raise
+        raise ModuleNotFoundError(f"{library} is not installed: pip install {library}", name=library) from error
+    adapter: Adapter = module.adapter
+    return adapter
+
+
+def _installed() -> Iterator[Adapter]:
+    for library in _LIBRARIES:
+        try:
+            yield _adapter(library)
+        except ModuleNotFoundError:
+            continue
+
+
+def enable(target: str | nn.Module, **options: Any) -> None:
+    """Turns the sparse, time-fused backward on.
+
+    Args:
+        target: ``"snntorch"`` or ``"norse"`` for every supported layer of this library in the process, or one model.
+            Enabling twice just changes the options.
+        options: see :class:`snn_sparse_backend.Options`; those not named are the defaults in force.
+
+    Raises:
+        ValueError: for an unknown library, a bad option value, or a model without a supported spiking layer.
+        TypeError: for an unknown option or a target that is neither a name nor a model.
+        ModuleNotFoundError: if the library is not installed.
+    """
+    chosen = config.defaults.updated(options)
+    if isinstance(target, nn.Module):
+        if not sum([adapter.adopt(target, chosen) for adapter in _installed()]):
+            raise ValueError(
+                f"{type(target).__name__} has no spiking layer that can be enabled: expected at least one "
+                "snntorch.Leaky, or norse LIF, LIFCell, LI or LICell"
+            )
+        return
+    if not isinstance(target, str):
+        raise TypeError(f"expected the name of a library or a torch.nn.Module, got {type(target).__name__}")
+    adapter = _adapter(target)
+    config.libraries[target] = chosen
+    adapter.refresh()
+
+
+def disable(target: str | nn.Module) -> None:
+    """Turns it off again; graphs that were recorded stay valid.
+
+    Raises:
+        ValueError: if the library or the model is not enabled, or the library is unknown.
+    """
+    if isinstance(target, nn.Module):
+        if not sum([adapter.abandon(target) for adapter in _installed()]):
+            raise ValueError(f"this {type(target).__name__} is not enabled: call enable(model) first")
+        return
+    if not isinstance(target, str):
+        raise TypeError(f"expected the name of a library or a torch.nn.Module, got {type(target).__name__}")
+    adapter = _adapter(target)
+    if target not in config.libraries:
+        on = ", ".join(map(repr, config.libraries)) or "none"
+        raise ValueError(f"{target!r} is not enabled (enabled: {on})")
+    del config.libraries[target]
+    adapter.refresh()
+
+
+@contextmanager
+def enabled(target: str | nn.Module, **options: Any) -> Iterator[None]:
+    """``with enabled("snntorch", cutoff=0.3): ...``: on inside, and as it was before outside."""
+    before = config.libraries.get(target) if isinstance(target, str) else None
+    enable(target, **options)
+    try:
+        yield
+    finally:
+        if before is not None and isinstance(target, str):
+            config.libraries[target] = before
+        else:
+            disable(target)

@@ -1,0 +1,72 @@
+"""``nn.Linear`` on a neuron's spikes, or feeding a neuron, goes through the synapse tapes; all others are untouched."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import Options
+from ..kernels import DTYPES
+from ..neuron_tape import NeuronTape
+from ..synapse_tape import run_synapse
+from ..tapes import tag_of
+from .fallback import mode_problem, tensor_problem
+
+host_forward = nn.Linear.forward
+# Synapses that were seen to feed a neuron, with the options of that neuron.
+_feeding: weakref.WeakKeyDictionary[nn.Module, Options] = weakref.WeakKeyDictionary()
+SOURCE = "_snn_sparse_source"
+
+
+def linear_forward(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
+    """Replaces ``nn.Linear.forward`` while a library is enabled; input ``[..., in_features]``."""
+    if torch.compiler.is_compiling():
+        return host_forward(self, input)
+    tag = tag_of(input) if type(input) is torch.Tensor else None
+    options = _feeding.get(self)
+    if tag is None and options is None:
+        output = host_forward(self, input)
+        if type(self) is nn.Linear and output.requires_grad and type(output) is torch.Tensor:
+            setattr(output, SOURCE, weakref.ref(self))
+        return output
+    owner = tag.tape() if tag is not None else None
+    if isinstance(owner, NeuronTape):
+        options = owner.plan.options
+    if options is None or not _eligible(self, input):
+        return host_forward(self, input)
+    return run_synapse(self, options, lambda: host_forward(self, input), input, tag)
+
+
+def _eligible(module: nn.Linear, x: torch.Tensor) -> bool:
+    weight, bias = module.weight, module.bias
+    if type(module) is not nn.Linear or not torch.is_grad_enabled() or not (weight.requires_grad or x.requires_grad):
+        return False
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1] or not x.numel() or not weight.numel():
+        return False
+    same = x.dtype in DTYPES and weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
+    return same and tensor_problem(x, weight) is None and mode_problem() is None
+
+
+def learn_source(current: torch.Tensor, options: Options) -> None:
+    """Remembers the synapse that made a neuron's input, so that its next calls are recorded."""
+    source: Any = getattr(current, SOURCE, None)
+    module = source() if source is not None else None
+    if module is not None:
+        _feeding[module] = options
+
+
+_users: set[str] = set()
+
+
+def switch(user: str, on: bool) -> None:
+    """Puts the synapse path under every ``nn.Linear`` while at least one user wants it."""
+    if on:
+        _users.add(user)
+    else:
+        _users.discard(user)
+    nn.Linear.forward = linear_forward if _users else host_forward  # type: ignore[method-assign]
+    if not _users:
+        _feeding.clear()

@@ -1,0 +1,40 @@
+"""What differs between Norse versions, found by probing its behaviour rather than by version numbers."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from norse.torch.functional.lif import LIFFeedForwardState, LIFParameters, lif_feed_forward_step
+from norse.torch.functional.threshold import threshold
+
+from ..surrogate import NO_GRADIENT, Surrogate
+
+
+@lru_cache(maxsize=None)
+def input_drives_membrane_at_once() -> bool:
+    """Whether the feed-forward LIF step adds its input before it updates the membrane (1.1.0) or after (1.0.0)."""
+    zero = torch.zeros(1)
+    _, state = lif_feed_forward_step(torch.full((1,), 0.5), LIFFeedForwardState(v=zero, i=zero), LIFParameters(), 0.001)
+    return bool(state.v.item() > 0)
+
+
+@lru_cache(maxsize=None)
+def superspike_uses_alpha() -> bool:
+    """Whether ``super`` is 1 / (alpha |x| + 1)^2 or, as in 1.1.0, ignores alpha."""
+    x = torch.ones(1, requires_grad=True)
+    with torch.enable_grad():
+        (grad,) = torch.autograd.grad(threshold(x, "super", torch.as_tensor(100.0)).sum(), x)
+    return bool(grad.item() < 0.1)
+
+
+def surrogate_of(method: str, alpha: float) -> Surrogate | None:
+    """The description of ``p.method``; None if Norse itself does not know it."""
+    if method == "super":
+        return Surrogate("SuperSpike", alpha if superspike_uses_alpha() else 1.0)
+    if method == "heaviside":
+        return NO_GRADIENT
+    if method == "triangle":
+        return Surrogate("Triangle", alpha, low=-1.0, high=1.0)
+    kinds = {"tanh": "Tanh", "circ": "Circ", "heavi_erfc": "Erfc"}
+    return Surrogate(kinds[method], alpha) if method in kinds else None

@@ -1,0 +1,50 @@
+// Exports every kernel as snn_<name>(const Arguments*), running the widest build this processor has.
+#include "kernels.h"
+
+SNN_NAMESPACE(base)
+#if SSB_X86
+SNN_NAMESPACE(v3)
+SNN_NAMESPACE(v4)
+#endif
+
+namespace {
+
+enum Isa { kBase, kV3, kV4 };
+constexpr const char* kNames[] = {"baseline", "x86-64-v3 (AVX2)", "x86-64-v4 (AVX-512)"};
+
+Isa widest() {
+#if SSB_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("x86-64-v4")) return kV4;
+  if (__builtin_cpu_supports("x86-64-v3")) return kV3;
+#endif
+  return kBase;
+}
+
+Isa chosen = widest();
+
+}  // namespace
+
+#define SNN_API extern "C" __attribute__((visibility("default")))
+
+// The instruction set in force. `limit` in 0..2 lowers it (tests compare the builds); -1 only asks.
+SNN_API const char* snn_instruction_set(int limit) {
+  if (limit >= 0) {
+    Isa best = widest();
+    chosen = limit < best ? static_cast<Isa>(limit) : best;
+  }
+  return kNames[chosen];
+}
+
+#if SSB_X86
+#define SNN_EXPORT(name, Arguments)                          \
+  SNN_API int64_t snn_##name(const Arguments* a) {           \
+    if (chosen == kV4) return snn::v4::name(*a);             \
+    return chosen == kV3 ? snn::v3::name(*a) : snn::base::name(*a); \
+  }
+#else
+#define SNN_EXPORT(name, Arguments) \
+  SNN_API int64_t snn_##name(const Arguments* a) { return snn::base::name(*a); }
+#endif
+
+SNN_KERNELS(SNN_EXPORT)

@@ -1,0 +1,347 @@
+// Neuron scans. Time is the outer loop; inside, a unit is one raster word: 64 neurons of one batch row, handled as
+// lanes of vectors. Compiled without contraction of multiply and add: membrane and spikes must equal the host's.
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "../neurons/leaky.h"
+#include "../neurons/li.h"
+#include "../neurons/lif.h"
+#include "../raster.h"
+#include "../surrogates.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace snn {
+namespace SSB_ISA {
+namespace {
+
+constexpr int64_t kUnitsPerTask = 64;
+
+// Parameter values of the 64 lanes of a unit; reloaded only when some parameter is not a scalar.
+template <class N> struct ParameterLanes {
+  using T = typename N::T;
+  T lane[N::Count][64];
+  bool scalar = true;
+
+  explicit ParameterLanes(const SnnLayer& layer) {
+    for (int p = 0; p < N::Count; p++) {
+      if (layer.parameters[p].row_stride || layer.parameters[p].col_stride) scalar = false;
+      std::fill(lane[p], lane[p] + 64, *static_cast<const T*>(layer.parameters[p].data));
+    }
+  }
+  void load(const SnnLayer& layer, int64_t row, int64_t col, int64_t lanes) {
+    if (scalar) return;
+    for (int p = 0; p < N::Count; p++) {
+      const SnnParameter& q = layer.parameters[p];
+      const T* data = static_cast<const T*>(q.data) + row * q.row_stride + col * q.col_stride;
+      for (int64_t k = 0; k < lanes; k++) lane[p][k] = data[k * q.col_stride];
+    }
+  }
+  SNN_HD typename N::Parameters at(int64_t k) const {
+    T values[N::Count];
+    for (int p = 0; p < N::Count; p++) values[p] = lane[p][k];
+    return typename N::Parameters(values);
+  }
+};
+
+template <class T> inline T* entry(void* const* table, int64_t step) {
+  return table ? static_cast<T*>(table[step]) : nullptr;
+}
+template <class T> inline const T* entry(const void* const* table, int64_t step) {
+  return table ? static_cast<const T*>(table[step]) : nullptr;
+}
+inline uint64_t* entry(uint64_t* const* table, int64_t step) { return table ? table[step] : nullptr; }
+inline const uint64_t* entry(const uint64_t* const* table, int64_t step) { return table ? table[step] : nullptr; }
+
+// Tells the compiler the common lane count, so that full units run without a remainder loop.
+template <class Body> inline void with_lanes(int64_t lanes, Body body) {
+  if (lanes == 64)
+    body(std::integral_constant<int64_t, 64>());
+  else
+    body(lanes);
+}
+
+template <class T> inline uint64_t pack_lanes(const T* lane, int64_t lanes) {
+  uint64_t word = 0;
+  for (int64_t k = 0; k < lanes; k++) word |= static_cast<uint64_t>(lane[k] != T(0)) << k;
+  return word;
+}
+template <class T> inline void unpack_lanes(uint64_t word, T* lane) {
+  if (word == 0) {
+    std::fill(lane, lane + 64, T(0));
+    return;
+  }
+  for (int k = 0; k < 64; k++) lane[k] = static_cast<T>(word >> k & 1);
+}
+template <class T, class Count> inline void copy_lanes(const T* from, T* to, Count lanes) {
+  for (int64_t k = 0; k < lanes; k++) to[k] = from[k];
+}
+
+// ------------------------------------------------------------------------------------------------ forward
+
+template <class N> void forward_unit(const SnnNeuronForward& a, int64_t step, int64_t unit, ParameterLanes<N>& par) {
+  using T = typename N::T;
+  const int64_t words = words_of(a.layer.cols), row = unit / words, word = unit % words;
+  const int64_t lanes = lanes_of(a.layer.cols, word), base = row * a.layer.cols + 64 * word;
+  const T* x = static_cast<const T*>(a.input[step]) + base;
+  const T low = static_cast<T>(a.layer.surrogate.low), high = static_cast<T>(a.layer.surrogate.high);
+  par.load(a.layer, row, 64 * word, lanes);
+  T state[N::States][64], output[64], u[64], current[64], spike[64], reset[64], active[64];
+  for (int i = 0; i < N::States; i++)
+    copy_lanes(static_cast<const T*>(step ? a.state_out[i] : a.state_in[i]) + base, state[i], lanes);
+  with_lanes(lanes, [&](auto count) {
+    for (int64_t k = 0; k < count; k++) {
+      const typename N::Parameters p = par.at(k);
+      T s[N::States], out;
+      for (int i = 0; i < N::States; i++) s[i] = state[i][k];
+      const Site<T> site = N::step(p, x[k], s, out);
+      for (int i = 0; i < N::States; i++) state[i][k] = s[i];
+      output[k] = out;
+      u[k] = site.u;
+      current[k] = site.current;
+      spike[k] = site.spike;
+      reset[k] = site.reset;
+      active[k] = inside(site.u - p.threshold, low, high) ? T(1) : T(0);
+    }
+    for (int i = 0; i < N::States; i++) {
+      copy_lanes(state[i], static_cast<T*>(a.state_out[i]) + base, count);
+      if (T* out = entry<T>(a.states[i], step)) copy_lanes(state[i], out + base, count);
+    }
+    if (T* out = entry<T>(a.output, step)) copy_lanes(output, out + base, count);
+    if (T* out = entry<T>(a.membrane, step)) copy_lanes(u, out + base, count);
+    if (N::HasCurrent)
+      if (T* out = entry<T>(a.current, step)) copy_lanes(current, out + base, count);
+    if (uint64_t* out = entry(a.raster, step)) out[unit] = pack_lanes(spike, count);
+    if (uint64_t* out = entry(a.reset, step)) out[unit] = pack_lanes(reset, count);
+    if (uint64_t* out = entry(a.active, step)) {
+      const uint64_t bits = out[unit] = pack_lanes(active, count);
+      T* value = static_cast<T*>(a.scratch) + 64 * unit;
+      for_each_bit(bits, [&](int k) { *value++ = u[k]; });
+    }
+  });
+}
+
+template <class N> int64_t forward(const SnnNeuronForward& a) {
+  using T = typename N::T;
+  const int64_t units = a.layer.rows * words_of(a.layer.cols);
+  const int64_t tasks = (units + kUnitsPerTask - 1) / kUnitsPerTask;
+  T* values = static_cast<T*>(a.values);
+  int64_t used = 0;
+  for (int64_t step = 0; step < a.steps; step++) {
+    uint64_t* active = entry(a.active, step);
+    if (active && a.values && used + 64 * units > a.values_capacity) return step;
+    parallel_for(tasks, a.layer.threads, [&](int64_t task) {
+      ParameterLanes<N> par(a.layer);
+      const int64_t end = std::min(units, (task + 1) * kUnitsPerTask);
+      for (int64_t unit = task * kUnitsPerTask; unit < end; unit++) forward_unit<N>(a, step, unit, par);
+    });
+    if (!active) continue;
+    const int64_t before = used;
+    for (int64_t unit = 0; unit < units; unit++) {
+      const int count = count_bits(active[unit]);
+      if (a.values) std::memcpy(values + used, static_cast<const T*>(a.scratch) + 64 * unit, count * sizeof(T));
+      used += count;
+    }
+    a.counts[step] = used - before;
+  }
+  return a.steps;
+}
+
+// ------------------------------------------------------------------------------------------------ backward
+
+template <class T> void apply_surrogate(const SnnSurrogate& s, const T* x, const T* g, T* phi, int64_t lanes) {
+  const T low = static_cast<T>(s.low), high = static_cast<T>(s.high);
+  visit_surrogate<T>(s, [&](auto derivative) {
+    with_lanes(lanes, [&](auto count) {
+      for (int64_t k = 0; k < count; k++) phi[k] = inside(x[k], low, high) ? derivative(x[k], g[k]) : T(0);
+    });
+  });
+}
+template <class T> T apply_surrogate(const SnnSurrogate& s, T x, T g) {
+  T phi;
+  apply_surrogate(s, &x, &g, &phi, 1);
+  return phi;
+}
+
+// The sites of a unit, lane by lane.
+template <class T> struct SiteLanes {
+  T u[64] = {}, current[64] = {}, spike[64], reset[64];
+  SNN_HD Site<T> at(int64_t k) const { return {u[k], current[k], spike[k], reset[k]}; }
+};
+
+// One task of the backward scan: units [first, last), all steps in reverse, the carried gradient in cache.
+template <class N> class BackwardTask {
+  using T = typename N::T;
+  using Gradient = Cotangents<T, N::States>;
+
+ public:
+  BackwardTask(const SnnNeuronBackward& a, int64_t first, int64_t last)
+      : a_(a), first_(first), last_(last), words_(words_of(a.layer.cols)), par_(a.layer),
+        carry_(64 * (last - first) * N::States) {
+    std::fill(carry_.get(), carry_.get() + 64 * (last - first) * N::States, T(0));
+    for (int p = 0; p < N::Count; p++) wants_parameters_ |= a.grad_parameters[p] != nullptr;
+  }
+
+  // offsets[step]: place of this task's first active site among those of the step
+  void run(const int64_t* offsets) {
+    for (int64_t step = a_.steps - 1; step >= 0; step--) {
+      int64_t offset = offsets[step];
+      const uint64_t* active = entry(a_.active, step);
+      for (int64_t unit = first_; unit < last_; unit++) {
+        backward_unit(step, unit, offset);
+        if (active) offset += count_bits(active[unit]);
+      }
+    }
+    for (int i = 0; i < N::States; i++)
+      if (T* out = static_cast<T*>(a_.grad_state_in[i]))
+        for (int64_t unit = first_; unit < last_; unit++)
+          copy_lanes(carry(unit, i), out + base(unit), lanes_of(a_.layer.cols, unit % words_));
+  }
+
+ private:
+  T* carry(int64_t unit, int state) { return carry_.get() + 64 * ((unit - first_) * N::States + state); }
+  int64_t base(int64_t unit) const { return unit / words_ * a_.layer.cols + 64 * (unit % words_); }
+
+  void load_sites(int64_t step, int64_t unit, int64_t lanes, SiteLanes<T>& site) const {
+    const uint64_t *raster = entry(a_.raster, step), *reset = entry(a_.reset, step);
+    unpack_lanes(raster ? raster[unit] : 0, site.spike);
+    unpack_lanes(reset ? reset[unit] : 0, site.reset);
+    if (const T* u = entry<T>(a_.membrane, step)) copy_lanes(u + base(unit), site.u, lanes);
+    if (const T* current = entry<T>(a_.current, step)) copy_lanes(current + base(unit), site.current, lanes);
+  }
+
+  // The membrane before the step, for parameter gradients.
+  void load_before(int64_t step, int64_t unit, int64_t lanes, T* before) const {
+    if (step == 0) return copy_lanes(static_cast<const T*>(a_.state_in[0]) + base(unit), before, lanes);
+    SiteLanes<T> site;
+    load_sites(step - 1, unit, lanes, site);
+    for (int64_t k = 0; k < lanes; k++) before[k] = N::left(par_.at(k), site.at(k));
+  }
+
+  SNN_HD Gradient total(const T* output, int64_t k, int64_t unit, const T* const* outside) {
+    Gradient g;
+    g.output = output[k];
+    for (int i = 0; i < N::States; i++) g.state[i] = carry(unit, i)[k] + (outside[i] ? outside[i][k] : T(0));
+    return g;
+  }
+
+  // phi = surrogate derivative times the gradient that arrives at the spike decision
+  void spike_gradient(int64_t step, int64_t unit, int64_t lanes, int64_t offset, const T* at_active,
+                      const T* const* outside, SiteLanes<T>& site, T* output, T* phi) {
+    const uint64_t* active = entry(a_.active, step);
+    if (at_active)
+      for_each_bit(active[unit], [&, value = at_active + offset](int k) mutable { output[k] += *value++; });
+    if (entry<T>(a_.membrane, step)) {
+      T x[64], upstream[64];
+      with_lanes(lanes, [&](auto count) {
+        for (int64_t k = 0; k < count; k++) {
+          const typename N::Parameters p = par_.at(k);
+          x[k] = site.u[k] - p.threshold;
+          upstream[k] = N::upstream(p, site.at(k), total(output, k, unit, outside));
+        }
+      });
+      return apply_surrogate(a_.layer.surrogate, x, upstream, phi, lanes);
+    }
+    const T* value = static_cast<const T*>(a_.values[step]) + offset;
+    std::fill(phi, phi + 64, T(0));
+    for_each_bit(active[unit], [&](int k) {
+      const typename N::Parameters p = par_.at(k);
+      site.u[k] = *value++;
+      phi[k] = apply_surrogate(a_.layer.surrogate, site.u[k] - p.threshold,
+                               N::upstream(p, site.at(k), total(output, k, unit, outside)));
+    });
+  }
+
+  void backward_unit(int64_t step, int64_t unit, int64_t offset) {
+    const int64_t word = unit % words_, lanes = lanes_of(a_.layer.cols, word);
+    par_.load(a_.layer, unit / words_, 64 * word, lanes);
+    SiteLanes<T> site;
+    load_sites(step, unit, lanes, site);
+    T output[64] = {}, phi[64] = {}, before[64] = {}, input[64];
+    const T *dense = entry<T>(a_.grad_output, step), *at_active = entry<T>(a_.grad_active, step);
+    const T* outside[N::States];
+    for (int i = 0; i < N::States; i++) {
+      outside[i] = entry<T>(a_.grad_states[i], step);
+      if (outside[i]) outside[i] += base(unit);
+    }
+    if (dense) copy_lanes(dense + base(unit), output, lanes);
+    // An output nobody uses sends no gradient at all (not zeros: 0 times an infinite derivative would be NaN).
+    const bool wanted = dense || at_active || N::InnerSpikeGradient;
+    if (N::Spikes && a_.layer.surrogate.kind != kZeroDerivative && wanted)
+      spike_gradient(step, unit, lanes, offset, at_active, outside, site, output, phi);
+    if (wants_parameters_) load_before(step, unit, lanes, before);
+    T* sums[N::Count];
+    for (int p = 0; p < N::Count; p++) {
+      sums[p] = static_cast<T*>(a_.grad_parameters[p]);
+      if (sums[p]) sums[p] += base(unit);
+    }
+    with_lanes(lanes, [&](auto count) {
+      for (int64_t k = 0; k < count; k++) {
+        const Gradients<T, N::States, N::Count> r =
+            N::adjoint(par_.at(k), site.at(k), before[k], total(output, k, unit, outside), phi[k]);
+        input[k] = r.input;
+        for (int i = 0; i < N::States; i++) carry(unit, i)[k] = r.carry[i];
+        if (wants_parameters_)
+          for (int p = 0; p < N::Count; p++)
+            if (sums[p]) sums[p][k] += r.parameters[p];
+      }
+    });
+    if (T* out = static_cast<T*>(a_.grad_input))
+      copy_lanes(input, out + step * a_.layer.rows * a_.layer.cols + base(unit), lanes);
+  }
+
+  const SnnNeuronBackward& a_;
+  const int64_t first_, last_, words_;
+  ParameterLanes<N> par_;
+  Scratch<T> carry_;
+  bool wants_parameters_ = false;
+};
+
+template <class N> int64_t backward(const SnnNeuronBackward& a) {
+  const int64_t units = a.layer.rows * words_of(a.layer.cols);
+  const int64_t tasks = (units + kUnitsPerTask - 1) / kUnitsPerTask;
+  Scratch<int64_t> offsets(tasks * a.steps);  // [tasks, steps]
+  std::fill(offsets.get(), offsets.get() + tasks * a.steps, int64_t(0));
+  for (int64_t step = 0; step < a.steps; step++) {
+    const uint64_t* active = entry(a.active, step);
+    int64_t count = 0;
+    for (int64_t unit = 0; active && unit < units; unit++) {
+      if (unit % kUnitsPerTask == 0) offsets[unit / kUnitsPerTask * a.steps + step] = count;
+      count += count_bits(active[unit]);
+    }
+  }
+  parallel_for(tasks, a.layer.threads, [&](int64_t task) {
+    BackwardTask<N> scan(a, task * kUnitsPerTask, std::min(units, (task + 1) * kUnitsPerTask));
+    scan.run(&offsets[task * a.steps]);
+  });
+  return a.steps;
+}
+
+// Calls visit(type tag) with the neuron struct that the layer names.
+template <class N> struct Tag {
+  using Neuron = N;
+};
+template <class T, class Visit> int64_t visit_neuron(const SnnLayer& layer, Visit visit) {
+  if (layer.model == kLif) return visit(Tag<Lif<T>>());
+  if (layer.model == kLi) return visit(Tag<Li<T>>());
+  if (layer.reset == kNone) return visit(Tag<Leaky<T, kNone, false>>());
+  if (layer.reset == kZero)
+    return layer.late_reset ? visit(Tag<Leaky<T, kZero, true>>()) : visit(Tag<Leaky<T, kZero, false>>());
+  return layer.late_reset ? visit(Tag<Leaky<T, kSubtract, true>>()) : visit(Tag<Leaky<T, kSubtract, false>>());
+}
+template <class Visit> int64_t visit_layer(const SnnLayer& layer, Visit visit) {
+  return layer.dtype == kFloat32 ? visit_neuron<float>(layer, visit) : visit_neuron<double>(layer, visit);
+}
+
+}  // namespace
+
+int64_t neuron_forward(const SnnNeuronForward& a) {
+  return visit_layer(a.layer, [&](auto tag) { return forward<typename decltype(tag)::Neuron>(a); });
+}
+int64_t neuron_backward(const SnnNeuronBackward& a) {
+  return visit_layer(a.layer, [&](auto tag) { return backward<typename decltype(tag)::Neuron>(a); });
+}
+
+}  // namespace SSB_ISA
+}  // namespace snn

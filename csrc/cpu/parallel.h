@@ -1,0 +1,60 @@
+// Tasks over torch's threads (the library is loaded after torch and shares its OpenMP runtime), and vectors.
+#pragma once
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "../portable.h"
+
+#pragma GCC diagnostic ignored "-Wpsabi"  // wide vectors never cross a call: everything here is inlined
+
+namespace snn {
+namespace SSB_ISA {
+
+// Runs task(i) for i in [0, count). Tasks write disjoint results, so the number of threads cannot change a bit.
+template <class Task> inline void parallel_for(int64_t count, int threads, Task task) {
+  if (threads > count) threads = static_cast<int>(count);
+  if (threads <= 1) {
+    for (int64_t i = 0; i < count; i++) task(i);
+    return;
+  }
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (int64_t i = 0; i < count; i++) task(i);
+}
+
+// 64 bytes of T: one AVX-512 register, two of AVX2, four of NEON; the compiler splits it.
+template <class T> struct VectorOf;
+template <> struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(64), aligned(4), may_alias));
+};
+template <> struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(64), aligned(8), may_alias));
+};
+template <class T> using Vector = typename VectorOf<T>::type;
+template <class T> constexpr int kVectorLanes = 64 / sizeof(T);
+template <class T> constexpr int kTileVectors = 64 / kVectorLanes<T>;
+
+template <class T> SNN_HD Vector<T> load(const T* p) { return *reinterpret_cast<const Vector<T>*>(p); }
+template <class T> SNN_HD void store(T* p, const Vector<T>& v) { *reinterpret_cast<Vector<T>*>(p) = v; }
+
+// Uninitialised scratch memory on a cache line boundary.
+template <class T> class Scratch {
+ public:
+  explicit Scratch(int64_t count) {
+    size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes ? bytes : 64)));
+    if (!data_) throw std::bad_alloc();
+  }
+  T* get() const { return data_.get(); }
+  T& operator[](int64_t i) const { return data_.get()[i]; }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  std::unique_ptr<T, Free> data_;
+};
+
+}  // namespace SSB_ISA
+}  // namespace snn

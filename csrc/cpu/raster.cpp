@@ -1,0 +1,143 @@
+// Rasters: packing, unpacking, transposing, and the column lists that the synapse products walk.
+#include "../raster.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <vector>
+
+#include "kernels.h"
+#include "parallel.h"
+
+namespace snn {
+namespace SSB_ISA {
+namespace {
+
+constexpr int64_t kRowsPerTask = 64;
+
+// One word from up to 64 values; `odd` collects whether any value was neither 0 nor 1.
+template <class T> inline uint64_t pack_word(const T* values, int64_t lanes, uint64_t& odd) {
+  uint64_t word = 0, strange = 0;
+  for (int64_t k = 0; k < lanes; k++) {
+    word |= static_cast<uint64_t>(values[k] == T(1)) << k;
+    strange |= static_cast<uint64_t>(values[k] != T(0)) << k;
+  }
+  odd |= strange ^ word;
+  return word;
+}
+
+template <class T> int64_t pack(const SnnRasterPack& a) {
+  const int64_t words = words_of(a.cols), tasks = (a.rows + kRowsPerTask - 1) / kRowsPerTask;
+  std::atomic<uint64_t> odd{0};
+  parallel_for(tasks, a.threads, [&](int64_t task) {
+    uint64_t mine = 0;
+    const int64_t end = std::min(a.rows, (task + 1) * kRowsPerTask);
+    for (int64_t r = task * kRowsPerTask; r < end && !mine; r++) {
+      const T* row = static_cast<const T*>(a.dense) + r * a.row_stride;
+      for (int64_t w = 0; w < words; w++) {
+        const int64_t lanes = lanes_of(a.cols, w);
+        a.words[r * words + w] = lanes == 64 ? pack_word(row + 64 * w, 64, mine) : pack_word(row + 64 * w, lanes, mine);
+      }
+    }
+    if (mine) odd.store(1, std::memory_order_relaxed);
+  });
+  return odd.load() == 0;
+}
+
+template <class T> int64_t unpack(const SnnRasterUnpack& a) {
+  const int64_t words = words_of(a.cols), tasks = (a.rows + kRowsPerTask - 1) / kRowsPerTask;
+  parallel_for(tasks, a.threads, [&](int64_t task) {
+    const int64_t end = std::min(a.rows, (task + 1) * kRowsPerTask);
+    for (int64_t r = task * kRowsPerTask; r < end; r++)
+      for (int64_t w = 0; w < words; w++) {
+        T* out = static_cast<T*>(a.dense) + r * a.cols + 64 * w;
+        const int64_t lanes = lanes_of(a.cols, w);
+        const uint64_t word = a.words[r * words + w];
+        for (int64_t k = 0; k < lanes; k++) out[k] = static_cast<T>(word >> k & 1);
+      }
+  });
+  return 0;
+}
+
+// In place: bit (i, j) of the 64 x 64 block goes to (j, i). Hacker's Delight, section 7-3.
+void transpose_block(uint64_t* block) {
+  uint64_t mask = 0x00000000FFFFFFFFull;
+  for (int width = 32; width; width >>= 1, mask ^= mask << width)
+    for (int i = 0; i < 64; i = (i + width + 1) & ~width) {
+      const uint64_t swap = ((block[i] >> width) ^ block[i + width]) & mask;
+      block[i] ^= swap << width;
+      block[i + width] ^= swap;
+    }
+}
+
+// Rows [first, first + 64) of column word `word`, transposed into block[64].
+bool load_block(const uint64_t* words, int64_t stride, int64_t first, int64_t rows, int64_t word, uint64_t* block) {
+  uint64_t any = 0;
+  for (int64_t i = 0; i < 64; i++) {
+    block[i] = i < rows ? words[(first + i) * stride + word] : 0;
+    any |= block[i];
+  }
+  if (any) transpose_block(block);
+  return any != 0;
+}
+
+}  // namespace
+
+int64_t raster_pack(const SnnRasterPack& a) { return a.dtype == kFloat32 ? pack<float>(a) : pack<double>(a); }
+int64_t raster_unpack(const SnnRasterUnpack& a) { return a.dtype == kFloat32 ? unpack<float>(a) : unpack<double>(a); }
+
+int64_t raster_transpose(const SnnRasterTranspose& a) {
+  const int64_t words = words_of(a.cols), out_words = words_of(a.rows);
+  parallel_for(out_words, a.threads, [&](int64_t band) {
+    uint64_t block[64];
+    for (int64_t w = 0; w < words; w++) {
+      load_block(a.words, words, 64 * band, lanes_of(a.rows, band), w, block);
+      const int64_t lanes = lanes_of(a.cols, w);
+      for (int64_t k = 0; k < lanes; k++) a.transposed[(64 * w + k) * out_words + band] = block[k];
+    }
+  });
+  return 0;
+}
+
+int64_t raster_count(const SnnRasterCount& a) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < a.count; i++) total += count_bits(a.words[i]);
+  return total;
+}
+
+int64_t raster_columns(const SnnRasterColumns& a) {
+  const int64_t words = words_of(a.cols), blocks = (a.rows + a.block_rows - 1) / a.block_rows;
+  std::vector<int64_t> row_start(a.rows + 1, 0);
+  for (int64_t r = 0; r < a.rows; r++)
+    row_start[r + 1] = row_start[r] + raster_count({a.words + r * words, words});
+  parallel_for(blocks, a.threads, [&](int64_t k) {
+    const int64_t first = k * a.block_rows, rows = std::min(a.block_rows, a.rows - first), bands = words_of(rows);
+    Scratch<uint64_t> block(bands * 64);
+    Scratch<uint8_t> filled(bands);
+    std::vector<int64_t> next(row_start.begin() + first, row_start.begin() + first + rows);
+    int64_t* start = a.start + k * (a.cols + 1);
+    int64_t event = row_start[first];
+    for (int64_t w = 0; w < words; w++) {
+      for (int64_t band = 0; band < bands; band++)
+        filled[band] = load_block(a.words, words, first + 64 * band, lanes_of(rows, band), w, &block[64 * band]);
+      const int64_t lanes = lanes_of(a.cols, w);
+      for (int64_t j = 0; j < lanes; j++) {
+        start[64 * w + j] = event;
+        for (int64_t band = 0; band < bands; band++) {
+          if (!filled[band]) continue;
+          for_each_bit(block[64 * band + j], [&](int bit) {
+            const int64_t row = 64 * band + bit;
+            a.row[event] = static_cast<uint16_t>(row);
+            if (a.rank) a.rank[event] = next[row]++;
+            event++;
+          });
+        }
+      }
+    }
+    start[a.cols] = event;
+  });
+  return row_start[a.rows];
+}
+
+}  // namespace SSB_ISA
+}  // namespace snn

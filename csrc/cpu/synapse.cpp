@@ -1,0 +1,244 @@
+// The three products of a synapse, event by event. A tile is 64 output columns, kept in registers; rows are cut into
+// blocks so that one tile of the gradients stays in the second-level cache. Each result is the sum over its events in
+// row order, whatever the number of threads.
+#include <algorithm>
+#include <vector>
+
+#include "../raster.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace snn {
+namespace SSB_ISA {
+namespace {
+
+template <class T> struct TileSum {
+  Vector<T> v[kTileVectors<T>];
+  SNN_HD void zero() {
+    for (auto& x : v) x = Vector<T>{};
+  }
+  SNN_HD void set(const T* p) {
+    for (int i = 0; i < kTileVectors<T>; i++) v[i] = load(p + i * kVectorLanes<T>);
+  }
+  SNN_HD void add(const T* p) {
+    for (int i = 0; i < kTileVectors<T>; i++) v[i] += load(p + i * kVectorLanes<T>);
+  }
+  SNN_HD void add(const TileSum& other) {
+    for (int i = 0; i < kTileVectors<T>; i++) v[i] += other.v[i];
+  }
+  SNN_HD void put(T* p) const {
+    for (int i = 0; i < kTileVectors<T>; i++) store(p + i * kVectorLanes<T>, v[i]);
+  }
+};
+
+int64_t tiles_of(int64_t columns) { return (columns + kTile - 1) / kTile; }
+
+// ---------------------------------------------------------------------------------------------- weights
+
+template <class T> int64_t pack(const SnnPackWeights& a) {
+  const T* weight = static_cast<const T*>(a.weight);
+  parallel_for(tiles_of(a.outputs), a.threads, [&](int64_t tile) {
+    T* out = static_cast<T*>(a.tiles) + tile * a.inputs * kTile;
+    const int64_t lanes = std::min<int64_t>(kTile, a.outputs - tile * kTile);
+    constexpr int64_t kStrip = 16;  // inputs at a time: a cache line of every weight row
+    for (int64_t j0 = 0; j0 < a.inputs; j0 += kStrip) {
+      const int64_t j1 = std::min(a.inputs, j0 + kStrip);
+      for (int64_t k = 0; k < lanes; k++) {
+        const T* row = weight + (tile * kTile + k) * a.inputs;
+        for (int64_t j = j0; j < j1; j++) out[j * kTile + k] = row[j];
+      }
+      for (int64_t j = j0; j < j1; j++) std::fill(out + j * kTile + lanes, out + (j + 1) * kTile, T(0));
+    }
+  });
+  return 0;
+}
+
+// ---------------------------------------------------------------------------------------------- forward
+
+template <class T> int64_t forward(const SnnSynapseForward& a) {
+  const int64_t words = words_of(a.inputs), tiles = tiles_of(a.outputs);
+  constexpr int64_t kRows = 256;
+  for (int64_t first = 0; first < a.rows; first += kRows) {
+    const int64_t rows = std::min(kRows, a.rows - first);
+    std::vector<int64_t> start(rows + 1, 0);
+    for (int64_t r = 0; r < rows; r++)
+      start[r + 1] = start[r] + raster_count({a.raster + (first + r) * words, words});
+    Scratch<uint32_t> event(start[rows]);
+    for (int64_t r = 0; r < rows; r++) {
+      uint32_t* next = event.get() + start[r];
+      for (int64_t w = 0; w < words; w++)
+        for_each_bit(a.raster[(first + r) * words + w], [&](int bit) { *next++ = static_cast<uint32_t>(64 * w + bit); });
+    }
+    parallel_for(tiles, a.threads, [&](int64_t tile) {
+      const T* weight = static_cast<const T*>(a.tiles) + tile * a.inputs * kTile;
+      const int64_t lanes = std::min<int64_t>(kTile, a.outputs - tile * kTile);
+      T bias[kTile] = {};
+      if (a.bias) std::copy_n(static_cast<const T*>(a.bias) + tile * kTile, lanes, bias);
+      for (int64_t r = 0; r < rows; r++) {
+        TileSum<T> sum;
+        sum.set(bias);
+        for (int64_t e = start[r]; e < start[r + 1]; e++) sum.add(weight + static_cast<int64_t>(event[e]) * kTile);
+        T* out = static_cast<T*>(a.current) + (first + r) * a.outputs + tile * kTile;
+        if (lanes == kTile) {
+          sum.put(out);
+        } else {
+          T padded[kTile];
+          sum.put(padded);
+          std::copy_n(padded, lanes, out);
+        }
+      }
+    });
+  }
+  return 0;
+}
+
+// ------------------------------------------------------------------------------- gradients, tile by tile
+
+// One tile of a block of gradient rows, copied so that it lies together in the cache.
+template <class T, class Arguments> class GradientTile {
+ public:
+  explicit GradientTile(const Arguments& a) : a_(a), copy_(a.block_rows * kTile) {}
+
+  const T* rows(int64_t tile, int64_t first, int64_t rows) const {
+    const T* source = static_cast<const T*>(a_.grad) + first * a_.outputs + tile * kTile;
+    const int64_t lanes = std::min<int64_t>(kTile, a_.outputs - tile * kTile);
+    for (int64_t r = 0; r < rows; r++) {
+      T* out = copy_.get() + r * kTile;
+      std::copy_n(source + r * a_.outputs, lanes, out);
+      std::fill(out + lanes, out + kTile, T(0));
+    }
+    return copy_.get();
+  }
+
+ private:
+  const Arguments& a_;
+  Scratch<T> copy_;
+};
+
+template <class T> int64_t weight_gradient_of(const SnnWeightGradient& a) {
+  const int64_t tiles = tiles_of(a.outputs), blocks = (a.rows + a.block_rows - 1) / a.block_rows;
+  // Narrow layers have fewer tiles than threads: then the inputs are split as well.
+  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(a.inputs, 2 * a.threads / tiles));
+  parallel_for(tiles * parts, a.threads, [&](int64_t task) {
+    const int64_t tile = task / parts, part = task % parts;
+    const int64_t j0 = a.inputs * part / parts, j1 = a.inputs * (part + 1) / parts;
+    const int64_t lanes = std::min<int64_t>(kTile, a.outputs - tile * kTile);
+    GradientTile<T, SnnWeightGradient> source(a);
+    Scratch<T> sums((j1 - j0) * kTile);
+    std::fill(sums.get(), sums.get() + (j1 - j0) * kTile, T(0));
+    TileSum<T> bias;
+    bias.zero();
+    for (int64_t k = 0; k < blocks; k++) {
+      const int64_t first = k * a.block_rows, rows = std::min(a.block_rows, a.rows - first);
+      const T* grad = source.rows(tile, first, rows);
+      const int64_t* start = a.start + k * (a.inputs + 1);
+      for (int64_t j = j0; j < j1; j++) {
+        int64_t e = start[j];
+        const int64_t end = start[j + 1];
+        if (e == end) continue;
+        TileSum<T> even, odd;  // two chains hide the latency of the additions
+        even.set(&sums[(j - j0) * kTile]);
+        odd.zero();
+        for (; e + 1 < end; e += 2) {
+          even.add(grad + a.row[e] * kTile);
+          odd.add(grad + a.row[e + 1] * kTile);
+        }
+        if (e < end) even.add(grad + a.row[e] * kTile);
+        even.add(odd);
+        even.put(&sums[(j - j0) * kTile]);
+      }
+      if (a.grad_bias && part == 0) {
+        TileSum<T> block;
+        block.zero();
+        for (int64_t r = 0; r < rows; r++) block.add(grad + r * kTile);
+        bias.add(block);
+      }
+    }
+    for (int64_t k = 0; k < lanes; k++) {
+      T* out = static_cast<T*>(a.grad_weight) + (tile * kTile + k) * a.inputs;
+      for (int64_t j = j0; j < j1; j++) out[j] = sums[(j - j0) * kTile + k];
+    }
+    if (a.grad_bias && part == 0) {
+      T padded[kTile];
+      bias.put(padded);
+      std::copy_n(padded, lanes, static_cast<T*>(a.grad_bias) + tile * kTile);
+    }
+  });
+  return 0;
+}
+
+template <class T> SNN_HD Vector<T> products(const TileSum<T>& weight, const T* grad) {
+  Vector<T> sum = weight.v[0] * load(grad);
+  for (int i = 1; i < kTileVectors<T>; i++) sum += weight.v[i] * load(grad + i * kVectorLanes<T>);
+  return sum;
+}
+
+// Four lanes that add up to the sum over all lanes.
+SNN_HD auto quarter(const Vector<double>& v) {
+  return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+}
+SNN_HD auto quarter(const Vector<float>& v) {
+  auto half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+              __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+}
+
+// sums[i] += weight . grad[i], four rows at a time: their horizontal additions share the shuffles.
+template <class T> SNN_HD void add_dots(const TileSum<T>& weight, const T* const* grad, T* sums) {
+  const auto a = quarter(products(weight, grad[0])), b = quarter(products(weight, grad[1]));
+  const auto c = quarter(products(weight, grad[2])), d = quarter(products(weight, grad[3]));
+  const auto ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const auto cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  const auto all = __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+  for (int i = 0; i < 4; i++) sums[i] += all[i];
+}
+template <class T> SNN_HD void add_dot(const TileSum<T>& weight, const T* grad, T* sum) {
+  const auto a = quarter(products(weight, grad));
+  *sum += (a[0] + a[2]) + (a[1] + a[3]);  // the order of add_dots
+}
+
+template <class T> int64_t input_gradient_of(const SnnInputGradient& a) {
+  const int64_t tiles = tiles_of(a.outputs), blocks = (a.rows + a.block_rows - 1) / a.block_rows;
+  parallel_for(blocks, a.threads, [&](int64_t k) {
+    const int64_t first = k * a.block_rows, rows = std::min(a.block_rows, a.rows - first);
+    const int64_t* start = a.start + k * (a.inputs + 1);
+    const int64_t base = start[0], events = start[a.inputs] - base;
+    GradientTile<T, SnnInputGradient> source(a);
+    Scratch<T> sums(events);
+    std::fill(sums.get(), sums.get() + events, T(0));
+    for (int64_t tile = 0; tile < tiles; tile++) {
+      const T* grad = source.rows(tile, first, rows);
+      const T* weights = static_cast<const T*>(a.tiles) + tile * a.inputs * kTile;
+      for (int64_t j = 0; j < a.inputs; j++) {
+        if (start[j] == start[j + 1]) continue;
+        TileSum<T> weight;
+        weight.set(weights + j * kTile);
+        int64_t e = start[j];
+        for (; e + 4 <= start[j + 1]; e += 4) {
+          const T* rows_of[4];
+          for (int i = 0; i < 4; i++) rows_of[i] = grad + a.row[e + i] * kTile;
+          add_dots(weight, rows_of, &sums[e - base]);
+        }
+        for (; e < start[j + 1]; e++) add_dot(weight, grad + a.row[e] * kTile, &sums[e - base]);
+      }
+    }
+    for (int64_t e = 0; e < events; e++) static_cast<T*>(a.grad_active)[a.rank[base + e]] = sums[e];
+  });
+  return 0;
+}
+
+}  // namespace
+
+int64_t pack_weights(const SnnPackWeights& a) { return a.dtype == kFloat32 ? pack<float>(a) : pack<double>(a); }
+int64_t synapse_forward(const SnnSynapseForward& a) {
+  return a.dtype == kFloat32 ? forward<float>(a) : forward<double>(a);
+}
+int64_t weight_gradient(const SnnWeightGradient& a) {
+  return a.dtype == kFloat32 ? weight_gradient_of<float>(a) : weight_gradient_of<double>(a);
+}
+int64_t input_gradient(const SnnInputGradient& a) {
+  return a.dtype == kFloat32 ? input_gradient_of<float>(a) : input_gradient_of<double>(a);
+}
+
+}  // namespace SSB_ISA
+}  // namespace snn

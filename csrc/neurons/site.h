@@ -1,0 +1,34 @@
+// What the neuron structs have in common. A neuron model is a struct of static functions on one site (batch row,
+// neuron); the CPU scan runs it over the lanes of a vector, a CUDA kernel over its threads.
+//
+//   States                 how many state variables are carried from step to step (the first is the membrane)
+//   Spikes                 has a threshold comparison
+//   InnerSpikeGradient     the neuron's own dynamics send a gradient to the spike decision (reset not detached)
+//   Parameters             the parameter values at this site, in the order of dynamics.py
+//   step()                 one time step, in the host library's own order of operations
+//   upstream()             gradient that arrives at the spike function: outside and inner parts
+//   adjoint()              the rest of the reverse step, given phi = upstream * surrogate derivative
+//   left()                 the membrane that a step left behind, for parameter gradients
+#pragma once
+#include "../portable.h"
+
+namespace snn {
+
+// One site at one time step: u and current at the threshold comparison; spike and reset are 0 or 1.
+template <class T> struct Site {
+  T u, current, spike, reset;
+};
+
+// Gradients at one site: from outside for the output, and for the states from outside plus the carried part.
+template <class T, int States> struct Cotangents {
+  T output;
+  T state[States];
+};
+
+template <class T, int States, int Count> struct Gradients {
+  T input;
+  T carry[States];          // of the states before the step
+  T parameters[Count];
+};
+
+}  // namespace snn

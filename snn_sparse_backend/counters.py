@@ -1,0 +1,15 @@
+"""Counts of what ran, so that a test or a benchmark can prove which path was taken."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+counts: Counter[str] = Counter()
+"""Keys: ``neuron_steps``, ``neuron_nodes``, ``synapse_steps``, ``synapse_nodes``, ``host_steps`` and, for the products,
+``weight_gradient_sparse``, ``weight_gradient_dense``, ``input_gradient_sparse``, ``input_gradient_dense``,
+``forward_sparse``."""
+
+
+def reset_counts() -> None:
+    """Sets every count to zero."""
+    counts.clear()

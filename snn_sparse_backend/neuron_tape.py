@@ -1,0 +1,415 @@
+"""The tape of a neuron layer: runs its steps, records what backward needs, and computes all gradients at once."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .build import load_node
+from .config import Options
+from .counters import counts
+from .dynamics import Dynamics
+from .kernels import ForwardScan, Layer, TILE, neuron_backward, pointer_table, step_pointers
+from .raster import Raster
+from .surrogate import Surrogate
+from .synapse_tape import SynapseTape, claim_current
+from .tapes import TAG, Delivery, SpikeTag, Tape, part
+
+# Room for inputs that lie deeper in the graph than those of the first step (a dropout that starts late, say).
+TOPOLOGICAL_SLACK = 16
+# From this density of active sites on, the dense membrane is stored instead of compressed values.
+STORE_DENSE_ABOVE = 0.3
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How one neuron module is run; a new plan means that something about the module changed.
+
+    Args:
+        dynamics, surrogate, options: see their classes; the cutoff is already part of the surrogate.
+        parameters: the module's own parameter tensors.
+        derive: computes the parameters of the dynamics from them, in their order, as autograd knows them; once a
+            sequence, so that autograd takes care of what lies between (a clamp, a factor, a cast).
+        differentiable_output: False if the output carries no gradient (a Heaviside without surrogate).
+        unit_spikes: spikes are exactly 0 and 1, so that a synapse may use their raster.
+    """
+
+    dynamics: Dynamics
+    surrogate: Surrogate
+    options: Options
+    parameters: tuple[torch.Tensor, ...]
+    derive: Callable[[], tuple[torch.Tensor, ...]]
+    differentiable_output: bool = True
+    unit_spikes: bool = True
+
+
+@dataclass
+class Block:
+    """What one call recorded: one time step, or a whole sequence."""
+
+    steps: int
+    shape: torch.Size  # of the input
+    raster: Raster | None = None
+    reset: Raster | None = None
+    active: Raster | None = None
+    values: list[tuple[torch.Tensor, int]] = field(default_factory=list)  # per step: storage and offset
+    active_sites: int = 0
+    membrane: torch.Tensor | None = None
+    current: torch.Tensor | None = None
+    source: tuple[weakref.ref[SynapseTape], int] | None = None  # the synapse step that made the input
+
+
+class NeuronTape(Tape):
+    """Records one sequence of one neuron layer.
+
+    Args:
+        plan: how to run it.
+        shape: shape of one time step ``[B, ...]``.
+        dtype: float32 or float64.
+        states: the states before the first step; their gradients are returned.
+    """
+
+    def __init__(self, plan: Plan, shape: torch.Size, dtype: torch.dtype, states: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        self.plan = plan
+        self.parameters = plan.derive()
+        self.layer = Layer(plan.dynamics, plan.surrogate, [p.detach() for p in self.parameters], shape, dtype)
+        self.scan = ForwardScan(self.layer)
+        self.state_shapes = [s.shape for s in states]
+        learned = {i for i, p in enumerate(self.parameters) if p.requires_grad}
+        spikes = plan.dynamics.spikes and plan.surrogate.kind != "ZeroDerivative"
+        self.keep_active = spikes and plan.surrogate.bounded
+        self.keep_membrane = bool(learned & set(plan.dynamics.needs_membrane)) or (spikes and not self.keep_active)
+        self.keep_current = bool(learned & set(plan.dynamics.needs_current))
+        self.state_in: list[torch.Tensor] = [s.clone() for s in self._full(states)] if learned else []
+        # The gradient of the graded spikes factor needs the gradient of every spike, active or not.
+        self.needs_all_spike_gradients = "graded_spikes_factor" in {plan.dynamics.parameters[i] for i in learned}
+        self.blocks: list[Block] = []
+        self.outputs: list[tuple[int, int]] = []  # per node output: (0 = output or 1 + state, block)
+        self.synapses: dict[int, weakref.ref[SynapseTape]] = {}  # fed by these spikes, by id of their module
+        self.arena: torch.Tensor | None = None
+        self.arena_used = 0
+        self.last: list[tuple[weakref.ref[torch.Tensor], int, bool]] = []
+
+    def _full(self, states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The states as contiguous tensors of the layer's shape and dtype, outside autograd."""
+        return [s.detach().to(self.layer.dtype).expand(self.layer.shape).contiguous() for s in states]
+
+    def continues(self, plan: Plan, shape: torch.Size, dtype: torch.dtype, states: Sequence[torch.Tensor]) -> bool:
+        """Whether these are the very states that the last step returned, and nothing else changed."""
+        if self.plan is not plan or self.released or not plan.options.fuse_steps:
+            return False
+        if self.layer.shape != shape or self.layer.dtype != dtype:
+            return False
+        for state, (last, version, attached) in zip(states, self.last, strict=True):
+            if last() is not state or state._version != version or state.requires_grad != attached:
+                return False
+            if state._backward_hooks or state.retains_grad:
+                return False
+        return True
+
+    # ------------------------------------------------------------------------------------------------ forward
+
+    def run(self, x: torch.Tensor, states: Sequence[torch.Tensor], steps: int | None, record: bool) -> Result:
+        """Runs one time step (``steps`` None) or a sequence ``[T, B, ...]``, outside autograd."""
+        layer, dynamics = self.layer, self.plan.dynamics
+        count = steps or 1
+        lead = () if steps is None else (count,)
+        block = Block(count, x.shape)
+        output = layer.empty(*lead)
+        finals = [layer.empty() for _ in dynamics.states]
+        recorded = [layer.empty(*lead) for _ in dynamics.states] if record else []
+        data = x.detach().to(layer.dtype).contiguous()
+        if dynamics.spikes:
+            block.raster = layer.raster(count)
+            if dynamics.reset != "kNone" and dynamics.model == "kLeaky":
+                block.reset = layer.raster(count)
+            if self.keep_active:
+                block.active = layer.raster(count)
+        if self.keep_membrane:
+            block.membrane = layer.empty(*lead)
+        if self.keep_current:
+            block.current = layer.empty(*lead)
+        tables = {name: step_pointers(t.words if isinstance(t, Raster) else t, count) if t is not None else None
+                  for name, t in (("output", output), ("raster", block.raster), ("reset", block.reset),
+                                  ("active", block.active), ("membrane", block.membrane), ("current", block.current))}
+        state_tables = [step_pointers(r, count) for r in recorded]
+        before, done, inputs = self._full(states), 0, step_pointers(data, count)
+        while done < count:
+            values = self._arena() if block.active is not None and block.membrane is None else None
+            ran = self.scan.run(inputs=inputs, state_in=before, state_out=finals, values=values, first=done,
+                                states=state_tables, **tables)
+            for step in range(ran if block.active is not None else 0):
+                active = self.scan.counts[step]
+                block.active_sites += active
+                if values is not None:
+                    block.values.append((values, self.arena_used - self._arena_start))
+                    self.arena_used += active
+            before, done = finals, done + ran
+        if block.active_sites > STORE_DENSE_ABOVE * layer.sites * count:
+            self.keep_membrane = True
+        counts["neuron_steps"] += count
+        return Result(block, output, finals, recorded)
+
+    def _arena(self) -> torch.Tensor:
+        """Room for the active values of at least one more step."""
+        need = self.layer.rows * self.layer.words * TILE
+        if self.arena is None or self.arena.numel() - self.arena_used < need:
+            self.arena, self.arena_used = torch.empty(2 * need, dtype=self.layer.dtype), 0
+        self._arena_start = self.arena_used
+        return self.arena[self.arena_used :]
+
+    def commit(self, result: Result, x: torch.Tensor, states: Sequence[torch.Tensor]) -> bool:
+        """Makes the result part of the graph; False if the order of the graph forbids it (nothing changed then)."""
+        node, plan, index = load_node(), self.plan, len(self.blocks)
+        attached = [True, *(s.requires_grad or x.requires_grad or self.parameters[1].requires_grad
+                            for s in states[1:])]
+        out = result.recorded or result.finals
+        carried = [(1 + i, s) for i, s in enumerate(out) if attached[i]]
+        plain = [(0, result.output)] if plan.differentiable_output else []
+        if not plan.dynamics.spikes and result.output is result.finals[0]:
+            plain, carried[0] = [], (0, result.output)  # an integrator's output is its state
+        if not plan.options.fuse_steps:
+            plain, carried = plain + carried, []
+        tensors = [t for _, t in plain], [t for _, t in carried]
+        if self.handle is None:
+            self.handle = node.create(self, [*states, *self.parameters, x], *tensors,
+                                      name=f"Sparse{plan.dynamics.name}Backward", slack=TOPOLOGICAL_SLACK)
+            counts["neuron_nodes"] += 1
+        elif not node.extend(self.handle, [x], *tensors):
+            return False
+        if index and not plan.dynamics.late_reset:
+            result.block.reset = None  # known from the spikes of the step before
+        self.blocks.append(result.block)
+        self.outputs += [(kind, index) for kind, _ in plain + carried]
+        self.last = [(weakref.ref(t), t._version, t.requires_grad) for t in result.finals]
+        if result.block.raster is not None and plan.unit_spikes:
+            setattr(result.output, TAG, SpikeTag(result.block.raster, self, index, result.output._version))
+        return True
+
+    def active_set(self, blocks: Sequence[int], crossover: float) -> Raster | None:
+        """The active sites of some blocks, if gradients are wanted only there and the sites are few."""
+        chosen = [self.blocks[i] for i in blocks]
+        rasters = [b.active for b in chosen if b.active is not None]
+        sites = sum(b.steps for b in chosen) * self.layer.sites
+        if self.needs_all_spike_gradients or len(rasters) < len(chosen):
+            return None
+        if sum(b.active_sites for b in chosen) > crossover * sites:
+            return None
+        return Raster.concatenate(rasters)
+
+    # ------------------------------------------------------------------------------------------------ backward
+
+    def __call__(self, grads: Sequence[torch.Tensor | None], needs: Sequence[bool]) -> list[torch.Tensor | None]:
+        layer, dynamics = self.layer, self.plan.dynamics
+        first_input = len(dynamics.states) + len(dynamics.parameters)
+        result: list[torch.Tensor | None] = [None] * (first_input + len(self.blocks))
+        incoming = Incoming(self, grads)
+        steps = incoming.steps
+        if not steps:
+            return result
+        reached_parameters, reached_states = dynamics.reached(incoming.last_output, incoming.last_states)
+        if self.plan.surrogate.kind == "ZeroDerivative" and dynamics.spikes:
+            reached_parameters[dynamics.threshold] = False
+        rows = layer.rows
+        blocks = [b for b, first in zip(self.blocks, incoming.firsts, strict=True) if first < steps]
+        grad_input = None
+        if any(needs[first_input:]):
+            total = sum(b.steps for b in blocks)
+            grad_input = torch.empty((total * rows, layer.cols), dtype=layer.dtype)
+            grad_input[steps * rows :] = 0
+        sums = [torch.zeros((rows, layer.cols), dtype=layer.dtype) if needs[len(dynamics.states) + i] and reached
+                else None for i, reached in enumerate(reached_parameters)]
+        initial = [torch.empty((rows, layer.cols), dtype=layer.dtype) if needs[i] and reached else None
+                   for i, reached in enumerate(reached_states)]
+        tables = self._recorded(blocks)
+        neuron_backward(layer, steps, grad_input=grad_input, grad_state_in=initial, grad_parameters=sums,
+                        state_in=self.state_in, **tables, **incoming.tables())
+        for i, grad in enumerate(initial):
+            if grad is not None:
+                result[i] = grad.view(layer.shape).sum_to_size(self.state_shapes[i])
+        for i, grad in enumerate(sums, len(dynamics.states)):
+            if grad is not None:
+                result[i] = grad.view(layer.shape).sum_to_size(self.parameters[i - len(dynamics.states)].shape)
+        if grad_input is not None:
+            self._return_inputs(grad_input, blocks, needs[first_input:], result, first_input, incoming.task)
+        return result
+
+    def _recorded(self, blocks: list[Block]) -> dict[str, Any]:
+        """Pointer tables of what the steps recorded."""
+        tables: dict[str, list[int | None]] = {n: [] for n in ("raster", "active", "membrane", "current", "values")}
+        resets: list[int | None] = []
+        for block in blocks:
+            for name in ("raster", "active"):
+                raster = getattr(block, name)
+                tables[name] += step_pointers(raster.words if raster else None, block.steps)
+            for name in ("membrane", "current"):
+                tables[name] += step_pointers(getattr(block, name), block.steps)
+            size = self.layer.dtype.itemsize
+            values: list[int | None] = [v.data_ptr() + at * size for v, at in block.values]
+            tables["values"] += values or [None] * block.steps
+            resets += step_pointers(block.reset.words if block.reset else None, block.steps)
+        if not self.plan.dynamics.late_reset and resets[0] is not None:
+            resets = resets[:1] + tables["raster"][:-1]  # who fired in a step is reset in the next
+        return {name: pointer_table(t) for name, t in {**tables, "reset": resets}.items()}
+
+    def _return_inputs(self, grad: torch.Tensor, blocks: list[Block], needs: Sequence[bool],
+                       result: list[torch.Tensor | None], first_input: int, task: int) -> None:
+        """Hands the gradients of the inputs to the synapse that made them all, or else to autograd."""
+        rows = self.layer.rows
+        sources = {id(b.source[0]()) for b in blocks if b.source is not None}
+        synapse = blocks[0].source[0]() if blocks[0].source is not None else None
+        direct = synapse is not None and len(sources) == 1 and all(b.source is not None for b in blocks)
+        if synapse is not None and direct and all(needs[: len(blocks)]) and not synapse.observed():
+            synapse.deliver(Delivery(task, [b.source[1] for b in blocks if b.source is not None], dense=grad))
+            return
+        first = 0
+        for i, block in enumerate(blocks):
+            if needs[i]:
+                result[first_input + i] = part(grad, first, block.steps * rows, block.shape)
+            first += block.steps * rows
+
+    def release(self) -> None:
+        super().release()
+        self.blocks, self.state_in, self.arena = [], [], None
+
+
+@dataclass
+class Result:
+    """What one call of :meth:`NeuronTape.run` computed, not yet part of a graph."""
+
+    block: Block
+    output: torch.Tensor
+    finals: list[torch.Tensor]
+    recorded: list[torch.Tensor]
+
+
+class Incoming:
+    """The gradients that arrive at a tape, through autograd and from the synapses its spikes feed, step by step.
+
+    Attributes:
+        firsts: first step of each block.
+        last_output, last_states: last step at which a gradient arrived for the output, for each state; -1: none.
+        steps: steps that backward has to go through.
+    """
+
+    def __init__(self, tape: NeuronTape, grads: Sequence[torch.Tensor | None]) -> None:
+        self.tape, self.task = tape, load_node().task_id()
+        total, self.firsts = 0, []
+        for block in tape.blocks:
+            self.firsts.append(total)
+            total += block.steps
+        states = len(tape.plan.dynamics.states)
+        self.output: list[int | None] = [None] * total
+        self.active: list[int | None] = [None] * total
+        self.states: list[list[int | None]] = [[None] * total for _ in range(states)]
+        self.keep: list[torch.Tensor] = []  # what the addresses point into
+        dense: dict[int, torch.Tensor] = {}
+        at_active: dict[int, torch.Tensor] = {}
+        for (kind, index), grad in zip(tape.outputs, grads, strict=True):
+            if grad is None:
+                continue
+            grad = grad.to(tape.layer.dtype)
+            if kind == 0:
+                dense[index] = grad
+            else:
+                self._set_state(kind - 1, index, grad)
+        for delivery in tape.accept_deliveries(self.task):
+            self._unpack(delivery, dense, at_active)
+        for found, table in ((dense, self.output), (at_active, self.active)):
+            for index, grad in found.items():
+                self._set(table, index, grad)
+        self.last_output = self._last(self.output, self.active)
+        self.last_states = [self._last(table) for table in self.states]
+        self.steps = max(self.last_output, *self.last_states) + 1
+
+    @staticmethod
+    def _last(*tables: list[int | None]) -> int:
+        return max((i for table in tables for i, address in enumerate(table) if address is not None), default=-1)
+
+    def _unpack(self, delivery: Delivery, dense: dict[int, torch.Tensor], at_active: dict[int, torch.Tensor]) -> None:
+        first = 0
+        for index in delivery.blocks:
+            block = self.tape.blocks[index]
+            found, total = (dense, delivery.dense) if delivery.dense is not None else (at_active, delivery.active)
+            size = block.steps * self.tape.layer.rows if delivery.dense is not None else block.active_sites
+            assert total is not None
+            grad = total[first : first + size]
+            first += size
+            if index in found:
+                grad = grad + found[index].reshape(grad.shape)
+            found[index] = grad
+
+    def _set(self, table: list[int | None], index: int, grad: torch.Tensor) -> None:
+        grad = grad.contiguous()
+        self.keep.append(grad)
+        block, first = self.tape.blocks[index], self.firsts[index]
+        if table is not self.active:
+            table[first : first + block.steps] = step_pointers(grad, block.steps)
+            return
+        assert block.active is not None
+        offset, words = 0, block.active.words.view(block.steps, -1)
+        for step in range(block.steps):
+            table[first + step] = grad.data_ptr() + offset * grad.element_size()
+            offset += block.active_sites if block.steps == 1 else self._sites(words[step])
+
+    def _sites(self, words: torch.Tensor) -> int:
+        from .kernels import count
+
+        return count(Raster(words.view(1, -1), self.tape.layer.cols))
+
+    def _set_state(self, state: int, index: int, grad: torch.Tensor) -> None:
+        block, first = self.tape.blocks[index], self.firsts[index]
+        if grad.shape != self.tape.layer.shape:  # recorded states: one gradient a step
+            return self._set(self.states[state], index, grad)
+        grad = grad.contiguous()
+        self.keep.append(grad)
+        self.states[state][first + block.steps - 1] = grad.data_ptr()
+
+    def tables(self) -> dict[str, Any]:
+        """Pointer tables, cut to the steps that backward has to go through."""
+        return {
+            "grad_output": pointer_table(self.output[: self.steps]),
+            "grad_active": pointer_table(self.active[: self.steps]),
+            "grad_states": [pointer_table(t[: self.steps]) for t in self.states],
+        }
+
+
+def run_neuron(plan: Plan, x: torch.Tensor, states: Sequence[torch.Tensor], steps: int | None = None,
+               record: bool = False) -> Result:
+    """Runs a neuron layer and records it on the tape of its sequence.
+
+    Args:
+        plan: how to run it.
+        x: input current ``[B, ...]``, or ``[T, B, ...]`` when ``steps`` is given.
+        states: states before the first step, broadcastable to one time step.
+        steps: T of a whole-sequence call, None for a single step.
+        record: also return the states after every step.
+    """
+    shape = x.shape if steps is None else x.shape[1:]
+    dtype = computing_dtype(x, states)
+    tape = load_node().tape_of(states[0])
+    result = None
+    if isinstance(tape, NeuronTape) and tape.continues(plan, shape, dtype, states):
+        result = tape.run(x, states, steps, record)
+        result.block.source = claim_current(x, tape)
+        if tape.commit(result, x, states):
+            return result
+    tape = NeuronTape(plan, shape, dtype, states)
+    result = result or tape.run(x, states, steps, record)
+    result.block.source = claim_current(x, tape)
+    tape.commit(result, x, states)
+    return result
+
+
+def computing_dtype(x: torch.Tensor, states: Sequence[torch.Tensor]) -> torch.dtype:
+    """The dtype in which a step computes: that of the input and of the states that are not scalars."""
+    dtype = x.dtype
+    for state in states:
+        if state.dim():
+            dtype = torch.promote_types(dtype, state.dtype)
+    return dtype

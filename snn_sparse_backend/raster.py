@@ -1,0 +1,45 @@
+"""Spike rasters: one bit a site, rows of 64-bit words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+WORD = 64
+
+
+def words_of(cols: int) -> int:
+    """Number of 64-bit words that hold one row of ``cols`` sites."""
+    return (cols + WORD - 1) // WORD
+
+
+@dataclass(frozen=True)
+class Raster:
+    """Packed bits of a binary matrix ``[rows, cols]``; a row is one (time step, batch) pair.
+
+    Args:
+        words: int64 tensor ``[rows, ceil(cols / 64)]``, lowest bit first, bits beyond ``cols`` zero.
+        cols: number of sites in a row.
+    """
+
+    words: torch.Tensor
+    cols: int
+
+    @property
+    def rows(self) -> int:
+        return self.words.shape[0]
+
+    @property
+    def sites(self) -> int:
+        return self.rows * self.cols
+
+    @staticmethod
+    def empty(rows: int, cols: int) -> Raster:
+        return Raster(torch.empty((rows, words_of(cols)), dtype=torch.int64), cols)
+
+    @staticmethod
+    def concatenate(rasters: list[Raster]) -> Raster:
+        if len(rasters) == 1:
+            return rasters[0]
+        return Raster(torch.cat([r.words for r in rasters]), rasters[0].cols)

@@ -1,0 +1,314 @@
+"""The tape of a synapse (``nn.Linear``) that feeds a neuron or receives its spikes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from . import kernels
+from .build import load_node
+from .config import Options
+from .counters import counts
+from .raster import Raster
+from .tapes import Delivery, SpikeTag, Tape, part
+
+if TYPE_CHECKING:
+    from .neuron_tape import NeuronTape
+
+# The open tape of a synapse whose input carries no raster, so that no neuron sequence owns it yet.
+_unowned: weakref.WeakKeyDictionary[nn.Module, weakref.ref[SynapseTape]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(eq=False)
+class Entry:
+    """The input of one step: its raster, or the tensor itself where it is not binary."""
+
+    raster: Raster | None
+    dense: torch.Tensor | None  # [rows, inputs], a detached alias
+    version: int
+    key: tuple[int, int]  # identity and version of the tensor object, to see that it is the same at every step
+
+    def values(self, dtype: torch.dtype) -> torch.Tensor:
+        """The input as a matrix ``[rows, inputs]``.
+
+        Raises:
+            RuntimeError: if the tensor was changed in place meanwhile, as autograd does.
+        """
+        if self.raster is not None:
+            return kernels.unpack(self.raster, dtype)
+        assert self.dense is not None
+        _check_version(self.dense, self.version)
+        return self.dense
+
+
+@dataclass(eq=False)
+class Step:
+    """One call of the synapse."""
+
+    entry: Entry
+    input: torch.Tensor | None  # as autograd knows it, where a gradient flows to it
+    shape: torch.Size  # of the input
+    rows: int
+    spikes: tuple[weakref.ref[NeuronTape], int] | None  # the neuron block whose untouched output the input is
+
+
+def _check_version(tensor: torch.Tensor, version: int) -> None:
+    if tensor._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            f"a tensor of shape {list(tensor.shape)} is at version {tensor._version}; expected version {version} instead"
+        )
+
+
+class SynapseTape(Tape):
+    """Records one sequence of one ``nn.Linear``: inputs ``[..., inputs]``, currents ``[..., outputs]``.
+
+    Args:
+        module: the synapse.
+        options: options in force.
+        owner: the neuron tape whose spikes it receives, or None.
+    """
+
+    def __init__(self, module: nn.Linear, options: Options, owner: NeuronTape | None) -> None:
+        super().__init__()
+        self.module, self.options = weakref.ref(module), options
+        self.owner = weakref.ref(owner) if owner is not None else None
+        self.sink: weakref.ref[NeuronTape] | None = None  # the neuron sequence that consumes the currents
+        self.weight, self.bias = module.weight, module.bias
+        self.versions = self._versions()
+        self.steps: list[Step] = []
+        self.latest: torch.Tensor | None = None  # input of the last step
+        self.current: torch.Tensor | None = None  # its current, an alias, to be copied while the input stays the same
+        self.current_version = 0
+        self.tiles: torch.Tensor | None = None
+
+    def _versions(self) -> tuple[int, int]:
+        return self.weight._version, self.bias._version if self.bias is not None else 0
+
+    def continues(self, module: nn.Linear, options: Options) -> bool:
+        """Whether the next call of this module may be recorded here."""
+        return (
+            not self.released and options.fuse_steps and self.options is options and self.module() is module
+            and self.weight is module.weight and self.bias is module.bias and self.versions == self._versions()
+        )
+
+    # ------------------------------------------------------------------------------------------------ forward
+
+    def entry_of(self, x: torch.Tensor, tag: SpikeTag | None) -> Entry:
+        """What to keep of an input; the entry of the previous step if it is the same tensor again."""
+        key = (id(x), x._version)
+        if self.steps and self.latest is x and self.steps[-1].entry.key == key:
+            return self.steps[-1].entry
+        flat = x.detach().reshape(-1, x.shape[-1])
+        if tag is not None and (tag.raster.rows, tag.raster.cols) == tuple(flat.shape):
+            return Entry(tag.raster, None, 0, key)
+        raster = kernels.pack(flat)
+        return Entry(raster, flat if raster is None else None, flat._version, key)
+
+    def currents(self, host: Any, x: torch.Tensor, entry: Entry) -> torch.Tensor:
+        """The output of the synapse outside autograd: by the host's own operation, or summed over the spikes.
+
+        While the input stays the very same tensor, it is multiplied once and its current copied.
+        """
+        if self.steps and self.steps[-1].entry is entry and self.current is not None:
+            if self.current._version == self.current_version:
+                return self.current.clone()
+        with torch.no_grad():
+            current = self._sparse_currents(x, entry)
+            current = host() if current is None else current
+        self.current, self.current_version = current.detach(), current._version
+        return current
+
+    def _sparse_currents(self, x: torch.Tensor, entry: Entry) -> torch.Tensor | None:
+        raster = entry.raster
+        if self.options.forward != "sparse" or raster is None:
+            return None
+        if kernels.count(raster) > self.options.crossover * raster.sites:
+            return None
+        counts["forward_sparse"] += 1
+        current = kernels.synapse_forward(raster, self.weight_tiles(), self.weight.shape[0], self.bias)
+        return current.view(*x.shape[:-1], self.weight.shape[0])
+
+    def weight_tiles(self) -> torch.Tensor:
+        if self.tiles is None:
+            self.tiles = kernels.pack_weights(self.weight.detach())
+        return self.tiles
+
+    def attach(self, current: torch.Tensor, step: Step) -> bool:
+        """Makes ``current`` an output of this tape's node; False if the order of the graph forbids it."""
+        node = load_node()
+        if self.handle is None:
+            self.handle = node.create(self, [self.weight, self.bias, step.input], [current],
+                                      name="SparseSynapseBackward", repoint=current.requires_grad)
+            counts["synapse_nodes"] += 1
+        elif not node.extend(self.handle, [step.input], [current]):
+            return False
+        self.steps.append(step)
+        return True
+
+    def move(self, index: int, current: torch.Tensor) -> SynapseTape | None:
+        """Moves the current of one step to a fresh tape; the old node keeps an output nobody uses."""
+        module = self.module()
+        if module is None:
+            return None
+        fresh = SynapseTape(module, self.options, None)
+        fresh.weight, fresh.bias, fresh.versions, fresh.tiles = self.weight, self.bias, self.versions, self.tiles
+        fresh.attach(current, self.steps[index])
+        if index == len(self.steps) - 1:
+            fresh.latest, fresh.current, fresh.current_version = self.latest, self.current, self.current_version
+        _unowned[module] = weakref.ref(fresh)
+        return fresh
+
+    # ------------------------------------------------------------------------------------------------ backward
+
+    def __call__(self, grads: Sequence[torch.Tensor | None], needs: Sequence[bool]) -> list[torch.Tensor | None]:
+        result: list[torch.Tensor | None] = [None] * (2 + len(self.steps))
+        task = load_node().task_id()
+        chosen, grad = self._total(grads, task)
+        if grad is None:
+            return result
+        with torch.autocast("cpu", enabled=False):
+            if needs[0] or needs[1]:
+                result[0], result[1] = self._weight_gradient(chosen, grad, bool(needs[0]), bool(needs[1]))
+            if any(needs[2 + i] for i in chosen):
+                self._input_gradient(chosen, grad, needs, result, task)
+        return result
+
+    def _total(self, grads: Sequence[torch.Tensor | None], task: int) -> tuple[list[int], torch.Tensor | None]:
+        """Steps that received a gradient, and their gradients ``[rows of these steps, outputs]``."""
+        deliveries = self.accept_deliveries(task)
+        if len(deliveries) == 1 and all(g is None for g in grads) and deliveries[0].dense is not None:
+            blocks = deliveries[0].blocks
+            rows = sum(self.steps[i].rows for i in blocks)
+            if len(set(blocks)) == len(blocks):
+                return blocks, deliveries[0].dense[:rows]
+        found: dict[int, torch.Tensor] = {}
+        outputs = self.weight.shape[0]
+
+        def add(index: int, grad: torch.Tensor) -> None:
+            grad = grad.reshape(-1, outputs)
+            found[index] = found[index] + grad if index in found else grad
+
+        for index, grad in enumerate(grads):
+            if grad is not None:
+                add(index, grad)
+        for delivery in deliveries:
+            first = 0
+            for index in delivery.blocks:
+                assert delivery.dense is not None
+                add(index, delivery.dense[first : first + self.steps[index].rows])
+                first += self.steps[index].rows
+        chosen = sorted(found)
+        return chosen, torch.cat([found[i] for i in chosen]).contiguous() if chosen else None
+
+    def _weight_gradient(self, chosen: list[int], grad: torch.Tensor, weight: bool,
+                         bias: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        entries = [self.steps[i].entry for i in chosen]
+        if not weight:
+            return None, grad.sum(0)
+        if len(entries) > 1 and all(e is entries[0] for e in entries):
+            # The same input at every step: its gradients are summed over time first.
+            grad, entries = grad.view(len(entries), -1, grad.shape[1]).sum(0), entries[:1]
+        if all(e.raster is not None for e in entries):
+            raster = Raster.concatenate([e.raster for e in entries if e.raster is not None])
+            if kernels.count(raster) <= self.options.crossover * raster.sites:
+                counts["weight_gradient_sparse"] += 1
+                return kernels.weight_gradient(grad, kernels.columns(raster), bias=bias)
+        counts["weight_gradient_dense"] += 1
+        x = torch.cat([e.values(grad.dtype) for e in entries]) if len(entries) > 1 else entries[0].values(grad.dtype)
+        return grad.t() @ x, grad.sum(0) if bias else None
+
+    def _input_gradient(self, chosen: list[int], grad: torch.Tensor, needs: Sequence[bool],
+                        result: list[torch.Tensor | None], task: int) -> None:
+        _check_version(self.weight, self.versions[0])
+        neuron = self._neuron_before(chosen, needs)
+        if neuron is not None:
+            blocks = [spikes[1] for spikes in (self.steps[i].spikes for i in chosen) if spikes is not None]
+            active = neuron.active_set(blocks, self.options.crossover)
+            if active is not None:
+                counts["input_gradient_sparse"] += 1
+                values = kernels.input_gradient(grad, kernels.columns(active, ranks=True), self.weight_tiles())
+                neuron.deliver(Delivery(task, blocks, active=values))
+                return
+        counts["input_gradient_dense"] += 1
+        total = grad @ self.weight.detach()
+        if neuron is not None:
+            neuron.deliver(Delivery(task, blocks, dense=total))
+            return
+        first = 0
+        for i in chosen:
+            if needs[2 + i]:
+                result[2 + i] = part(total, first, self.steps[i].rows, self.steps[i].shape)
+            first += self.steps[i].rows
+
+    def _neuron_before(self, chosen: list[int], needs: Sequence[bool]) -> NeuronTape | None:
+        """The neuron tape whose spikes all chosen inputs are, if the gradients may go to it directly."""
+        spikes = [self.steps[i].spikes for i in chosen]
+        first = spikes[0][0]() if spikes[0] is not None else None
+        if first is None or any(s is None or s[0]() is not first for s in spikes):
+            return None
+        blocks = [s[1] for s in spikes if s is not None]
+        if not all(needs[2 + i] for i in chosen) or len(set(blocks)) < len(blocks) or first.observed():
+            return None
+        return first
+
+    def release(self) -> None:
+        super().release()
+        self.steps, self.latest, self.current, self.tiles = [], None, None, None
+
+
+def run_synapse(module: nn.Linear, options: Options, host: Any, x: torch.Tensor, tag: SpikeTag | None) -> torch.Tensor:
+    """One call of a synapse, recorded on the tape of its sequence.
+
+    Args:
+        module: the ``nn.Linear``.
+        options: options in force.
+        host: computes the host library's own output.
+        x: input ``[..., inputs]``.
+        tag: tag of ``x`` if it is a neuron's spikes.
+    """
+    owner = tag.tape() if tag is not None else None
+    open_tapes: Any = owner.synapses if owner is not None else _unowned
+    key: Any = id(module) if owner is not None else module
+    reference = open_tapes.get(key)
+    tape = reference() if reference is not None else None
+    if tape is None or not tape.continues(module, options):
+        tape = SynapseTape(module, options, owner)
+    entry = tape.entry_of(x, tag)
+    current = tape.currents(host, x, entry)
+    direct = owner is not None and tag is not None and load_node().tape_of(x) is owner
+    spikes = (weakref.ref(owner), tag.block) if owner is not None and tag is not None and direct else None
+    step = Step(entry, x if x.requires_grad else None, x.shape, current.numel() // current.shape[-1], spikes)
+    if not tape.attach(current, step):
+        tape = SynapseTape(module, options, owner)
+        tape.attach(current, step)
+    tape.latest = x
+    counts["synapse_steps"] += 1
+    open_tapes[key] = weakref.ref(tape)
+    return current
+
+
+def claim_current(x: torch.Tensor, neuron: NeuronTape) -> tuple[weakref.ref[SynapseTape], int] | None:
+    """The synapse step that made a neuron's input, if a synapse tape did.
+
+    A synapse that no spikes own belongs to the neuron sequence that consumes its current. If it belongs to another one
+    already, the current moves to a node of its own, so that both sequences can be differentiated separately.
+    """
+    tape = load_node().tape_of(x)
+    if not isinstance(tape, SynapseTape):
+        return None
+    index = x.output_nr
+    if tape.owner is None:
+        if tape.sink is None:
+            tape.sink = weakref.ref(neuron)
+        elif tape.sink() is not neuron:
+            moved = tape.move(index, x)
+            if moved is None:
+                return None
+            moved.sink, tape, index = weakref.ref(neuron), moved, 0
+    return weakref.ref(tape), index

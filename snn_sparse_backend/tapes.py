@@ -1,0 +1,95 @@
+"""What the tapes of neurons and of synapses share.
+
+A tape records one sequence of one layer and is owned by its autograd node (``csrc/torch/sequence_node.cpp``). Two
+fused layers that follow each other hand gradients over beside the autograd engine, as one batch for all time steps and
+possibly at the active sites only; the engine still decides who runs when. This is done only where nobody else looks at
+those gradients.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .build import load_node
+from .raster import Raster
+
+TAG = "_snn_sparse"
+
+
+@dataclass
+class Delivery:
+    """Gradients that one tape hands to another.
+
+    Args:
+        task: the backward call it belongs to.
+        blocks: indices of the receiver's blocks, in order.
+        dense: ``[rows of all blocks, cols]``, or None.
+        active: gradients at the active sites of the blocks only, in row-major order, or None.
+    """
+
+    task: int
+    blocks: list[int]
+    dense: torch.Tensor | None = None
+    active: torch.Tensor | None = None
+
+
+class Tape:
+    """Base of the tapes: the node's callback, and a box for deliveries."""
+
+    def __init__(self) -> None:
+        self.handle: Any = None
+        self.inbox: list[Delivery] = []
+        self.released = False
+
+    def deliver(self, delivery: Delivery) -> None:
+        self.inbox.append(delivery)
+
+    def accept_deliveries(self, task: int) -> list[Delivery]:
+        """The deliveries of this backward call; leftovers of a call that failed are dropped."""
+        mine = [d for d in self.inbox if d.task == task]
+        self.inbox = []
+        return mine
+
+    def observed(self) -> bool:
+        """Whether someone looks at the gradient of one of the outputs (hook, retain_grad, autograd.grad)."""
+        return self.handle is None or load_node().has_requests(self.handle)
+
+    def release(self) -> None:
+        """Called by the node once backward is done and the graph is not retained."""
+        self.released = True
+        self.inbox = []
+
+
+class SpikeTag:
+    """Rides on a spike tensor that a neuron returned: its raster, and where it came from.
+
+    Copies and pickles become None: a copied tensor is an ordinary one.
+    """
+
+    __slots__ = ("raster", "tape", "block", "version")
+
+    def __init__(self, raster: Raster, tape: Tape, block: int, version: int) -> None:
+        self.raster, self.tape, self.block, self.version = raster, weakref.ref(tape), block, version
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+def tag_of(tensor: torch.Tensor) -> SpikeTag | None:
+    """The tag of an unmodified spike tensor or of a view of it that keeps its rows."""
+    tag = getattr(tensor, TAG, None)
+    if tag is None:
+        base = tensor._base
+        tag = getattr(base, TAG, None) if base is not None and tensor.numel() == base.numel() else None
+        if tag is not None and not tensor.is_contiguous():
+            return None
+    return tag if isinstance(tag, SpikeTag) and tag.version == tensor._version else None
+
+
+def part(total: torch.Tensor, first: int, rows: int, shape: torch.Size) -> torch.Tensor:
+    """Rows ``[first, first + rows)`` of a matrix, in the shape of one block."""
+    return total[first : first + rows].view(shape)
