@@ -121,6 +121,8 @@ class SynapseTape(Tape):
         with torch.no_grad():
             current = self._sparse_currents(x, entry)
             current = host() if current is None else current
+        if current._is_view():  # autograd must be able to give it a history of its own
+            current = current.detach()
         self.current, self.current_version = current.detach(), current._version
         return current
 

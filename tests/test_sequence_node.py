@@ -706,9 +706,7 @@ def test_changed_state_begins_a_new_node(
     change: Callable[[Tensor], Tensor], cell: ToyCell, x: Tensor, v0: Tensor
 ) -> None:
     def program() -> list[Tensor]:
-        return grad(
-            loss_of(*unroll(cell, x, v0, lambda step, v: change(v) if step == 2 else v)), cell.weight, x, v0
-        )
+        return grad(loss_of(*unroll(cell, x, v0, lambda step, v: change(v) if step == 2 else v)), cell.weight, x, v0)
 
     assert_same(program, cell)
     assert cell.created == 2
@@ -900,8 +898,8 @@ def test_a_detached_slice_is_a_good_output() -> None:
 
 
 def test_wrong_types() -> None:
-    w, out = torch.ones(2, requires_grad=True), torch.ones(2)
-    handle = node.create(Constant(None), [w], [torch.ones(2)])
+    w, out, good = torch.ones(2, requires_grad=True), torch.ones(2), torch.ones(2)
+    handle = node.create(Constant(None), [w], [good])
     for call in (
         lambda: node.create(3, [w], [out]),
         lambda: node.create(Constant(None), w.item, [out]),
@@ -935,7 +933,9 @@ def test_bad_answers_of_a_tape(answer: object, message: str) -> None:
         out.sum().backward()
 
 
-@pytest.mark.parametrize("error", [ValueError("v"), KeyError("k"), KeyboardInterrupt("c"), type("Odd", (Exception,), {})()])
+@pytest.mark.parametrize(
+    "error", [ValueError("v"), KeyError("k"), KeyboardInterrupt("c"), type("Odd", (Exception,), {})()]
+)
 def test_exceptions_keep_type_and_traceback(error: BaseException, cell: ToyCell, x: Tensor, v0: Tensor) -> None:
     spikes, states = unroll(cell, x, v0)
     tape = node.tape_of(spikes[0])
@@ -1163,17 +1163,13 @@ def run_in_threads(work: Callable[[], None], threads: int = 6) -> None:
 def test_threads_with_their_own_graphs(cell: ToyCell, x: Tensor, v0: Tensor) -> None:
     x, v0 = x.detach(), v0.detach()
     expected = grad(loss_of(*unroll(cell, x, v0)), cell.weight)
-    run_in_threads(
-        lambda: torch.testing.assert_close(grad(loss_of(*unroll(cell, x, v0)), cell.weight), expected)
-    )
+    run_in_threads(lambda: torch.testing.assert_close(grad(loss_of(*unroll(cell, x, v0)), cell.weight), expected))
 
 
 def test_threads_on_one_retained_graph(cell: ToyCell, x: Tensor, v0: Tensor) -> None:
     loss = loss_of(*unroll(cell, x, v0))
     expected = grad(loss, cell.weight, x, retain_graph=True)
-    run_in_threads(
-        lambda: torch.testing.assert_close(grad(loss, cell.weight, x, retain_graph=True), expected)
-    )
+    run_in_threads(lambda: torch.testing.assert_close(grad(loss, cell.weight, x, retain_graph=True), expected))
 
 
 def test_the_last_reference_dies_in_a_thread(cell: ToyCell, x: Tensor, v0: Tensor) -> None:
