@@ -25,7 +25,8 @@ from ..config import Options, config
 from ..dynamics import LI as LI_DYNAMICS
 from ..dynamics import LIF as LIF_DYNAMICS
 from ..kernels import DTYPES
-from ..neuron_tape import Plan, computing_dtype, run_neuron
+from ..neuron_tape import computing_dtype, run_neuron
+from ..recorder import Plan
 from ..surrogate import NO_GRADIENT
 from . import synapses
 from .adapter import OPTIONS, Adapter

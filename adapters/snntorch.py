@@ -18,7 +18,8 @@ from ..compat.snntorch import constants, emits, surrogate_of
 from ..config import Options, config
 from ..dynamics import leaky
 from ..kernels import DTYPES
-from ..neuron_tape import Plan, run_neuron
+from ..neuron_tape import run_neuron
+from ..recorder import Plan
 from . import synapses
 from .adapter import OPTIONS, Adapter
 from .fallback import mode_problem, report, tensor_problem

@@ -51,7 +51,8 @@ struct SnnNeuronForward {
   void* scratch;                         // [rows * words * kTile], needed with `active`
   void* values;                          // u of the active sites, in the order of the sites, step after step
   int64_t values_capacity;
-  int64_t* counts;                       // [steps] active sites of each step
+  int64_t* active_counts;                // [steps] active sites of each step, or null
+  int64_t* spike_counts;                 // [steps] spikes of each step, or null
 };
 
 struct SnnNeuronBackward {
@@ -72,7 +73,7 @@ struct SnnNeuronBackward {
   void* grad_parameters[kMaxParameters];      // [rows, cols] sums over the steps, or null
 };
 
-// Returns 1 when every value is 0 or 1 (then `words` is filled), else 0.
+// Returns the number of ones, or -1 when some value is neither 0 nor 1 (then `words` is undefined).
 struct SnnRasterPack {
   const void* dense;  // [rows, cols]
   int64_t rows, cols, row_stride;

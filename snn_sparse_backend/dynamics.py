@@ -33,6 +33,11 @@ class Dynamics:
     needs_membrane: tuple[int, ...] = ()
     needs_current: tuple[int, ...] = ()
 
+    @property
+    def reset_is_recorded(self) -> bool:
+        """Whether the reset decision is taken from the membrane before the step (it is its own raster then)."""
+        return self.model == "kLeaky" and self.reset != "kNone"
+
     def reached(self, last_output: int, last_states: list[int]) -> tuple[list[bool], list[bool]]:
         """Which parameters and which initial states a gradient reaches at all; the others get None, not zeros.
 

@@ -73,9 +73,10 @@ def pack(dense: torch.Tensor) -> Raster | None:
     dense = dense if dense.stride(-1) == 1 or dense.shape[-1] <= 1 else dense.contiguous()
     rows, cols = dense.shape
     raster = Raster.empty(rows, cols)
-    binary = _call("raster_pack", "SnnRasterPack", dense=dense, rows=rows, cols=cols, row_stride=dense.stride(0),
-                   words=raster.words, dtype=DTYPES[dense.dtype], threads=threads_for(rows * cols))
-    return raster if binary else None
+    ones = _call("raster_pack", "SnnRasterPack", dense=dense, rows=rows, cols=cols, row_stride=dense.stride(0),
+                 words=raster.words, dtype=DTYPES[dense.dtype], threads=threads_for(rows * cols))
+    raster.ones = ones
+    return raster if ones >= 0 else None
 
 
 def unpack(raster: Raster, dtype: torch.dtype) -> torch.Tensor:
@@ -95,8 +96,10 @@ def transpose(raster: Raster) -> Raster:
 
 
 def count(raster: Raster) -> int:
-    """Number of ones."""
-    return _call("raster_count", "SnnRasterCount", words=raster.words, count=raster.words.numel())
+    """Number of ones, counted at most once."""
+    if raster.ones is None:
+        raster.ones = _call("raster_count", "SnnRasterCount", words=raster.words, count=raster.words.numel())
+    return raster.ones
 
 
 @dataclass(frozen=True)
@@ -136,14 +139,34 @@ def pack_weights(weight: torch.Tensor) -> torch.Tensor:
     return tiles
 
 
-def synapse_forward(raster: Raster, tiles: torch.Tensor, outputs: int, bias: torch.Tensor | None) -> torch.Tensor:
-    """Currents ``[rows, outputs]``: the bias plus the weight columns of the inputs that spike."""
-    _check(tiles, "tiles", ((outputs + TILE - 1) // TILE, raster.cols, TILE), tiles.dtype)
-    current = torch.empty((raster.rows, outputs), dtype=tiles.dtype)
-    _call("synapse_forward", "SnnSynapseForward", raster=raster.words, rows=raster.rows, inputs=raster.cols,
-          outputs=outputs, tiles=tiles, bias=bias, current=current, dtype=DTYPES[tiles.dtype],
-          threads=threads_for(raster.rows * outputs))
-    return current
+class SynapseForward:
+    """The event-driven forward product of a synapse; its argument struct is filled once and reused.
+
+    Args:
+        weight: ``[outputs, inputs]``, detached.
+        bias: ``[outputs]`` or None, detached.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.outputs, self.inputs = weight.shape
+        self.tiles = pack_weights(weight)
+        self.bias = bias.contiguous() if bias is not None else None
+        self._arguments = STRUCTS["SnnSynapseForward"](
+            inputs=self.inputs, outputs=self.outputs, tiles=self.tiles.data_ptr(), dtype=DTYPES[weight.dtype],
+            bias=self.bias.data_ptr() if self.bias is not None else None,
+        )
+        self._address, self._function = ctypes.addressof(self._arguments), _function("synapse_forward")
+
+    def __call__(self, raster: Raster) -> torch.Tensor:
+        """Currents ``[rows, outputs]``: the bias plus the weight columns of the inputs that spike."""
+        if raster.cols != self.inputs:
+            raise ValueError(f"expected a raster of {self.inputs} columns, as the weight has inputs, got {raster.cols}")
+        a, rows = self._arguments, raster.rows
+        current = torch.empty((rows, self.outputs), dtype=self.tiles.dtype)
+        a.raster, a.rows, a.current = raster.words.data_ptr(), rows, current.data_ptr()
+        a.threads = threads_for(rows * self.outputs)
+        self._function(self._address)
+        return current
 
 
 def weight_gradient(grad: torch.Tensor, spikes: Columns, *, bias: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -245,58 +268,58 @@ class Layer:
 
 
 class ForwardScan:
-    """The forward scan of a layer; the argument struct is filled once and reused step after step."""
+    """The forward scan of a layer; its argument struct is filled once and reused step after step."""
 
     TABLES = ("input", "output", "raster", "reset", "active", "membrane", "current")
 
     def __init__(self, layer: Layer) -> None:
-        self.layer = layer
         self.arguments = STRUCTS["SnnNeuronForward"](layer=layer.struct)
-        self.address = ctypes.addressof(self.arguments)
-        self.function = _function("neuron_forward")
-        self.scratch: torch.Tensor | None = None
+        self._address, self._function = ctypes.addressof(self.arguments), _function("neuron_forward")
+        self._states = len(layer.dynamics.states)
+        self._state_in, self._state_out = self.arguments.state_in, self.arguments.state_out
+        self._scratch = torch.empty(layer.rows * layer.words * TILE, dtype=layer.dtype)
+        self.arguments.scratch = self._scratch.data_ptr()
         self.steps = 0
 
     def _resize(self, steps: int) -> None:
-        self.steps = self.arguments.steps = steps
-        self.tables = {name: (ctypes.c_void_p * steps)() for name in self.TABLES}
-        self.state_tables = [(ctypes.c_void_p * steps)() for _ in self.layer.dynamics.states]
-        self.counts = (ctypes.c_int64 * steps)()
-        self.arguments.counts = ctypes.addressof(self.counts)
+        """Makes pointer tables for so many steps, all in one array: table after table."""
+        self.steps = steps
+        self.pointers = (ctypes.c_void_p * (steps * (len(self.TABLES) + self._states)))()
+        self.active_counts, self.spike_counts = (ctypes.c_int64 * steps)(), (ctypes.c_int64 * steps)()
 
-    def run(self, *, inputs: Sequence[int | None], state_in: Sequence[torch.Tensor],
-            state_out: Sequence[torch.Tensor], values: torch.Tensor | None = None, first: int = 0,
-            states: Sequence[Sequence[int | None] | None] = (), **tables: Sequence[int | None] | None) -> int:
+    def _point(self, first: int) -> None:
+        """Lets the struct's tables begin at a step."""
+        a, steps, size = self.arguments, self.steps, ctypes.sizeof(ctypes.c_void_p)
+        begin = ctypes.addressof(self.pointers) + first * size
+        for k, name in enumerate(self.TABLES):
+            setattr(a, name, begin + k * steps * size)
+        for i in range(self._states):
+            a.states[i] = begin + (len(self.TABLES) + i) * steps * size
+        a.steps = steps - first
+        a.active_counts = ctypes.addressof(self.active_counts) + first * ctypes.sizeof(ctypes.c_int64)
+        a.spike_counts = ctypes.addressof(self.spike_counts) + first * ctypes.sizeof(ctypes.c_int64)
+        self._first = first
+
+    def run(self, steps: int, pointers: Sequence[int | None], state_in: Sequence[int], state_out: Sequence[int],
+            values: int | None = None, values_capacity: int = 0, first: int = 0) -> int:
         """Runs the steps from ``first`` on and returns how many were done (see ``SnnNeuronForward``).
 
-        Each table is a list of addresses, one a step, or None. ``values`` receives u of the active sites.
+        Args:
+            steps: number of steps the tables describe.
+            pointers: addresses, table after table in the order of ``TABLES`` and then the recorded states, one a step.
+            state_in, state_out: addresses of the states before and after.
+            values, values_capacity: address of and room for the compressed membranes of the active sites.
         """
-        steps = len(inputs)
         if steps != self.steps:
             self._resize(steps)
-        a, offset = self.arguments, first * ctypes.sizeof(ctypes.c_void_p)
-        a.steps = steps - first
-        tables["input"] = inputs
-        for name in self.TABLES:
-            addresses = tables.get(name)
-            if addresses is None:
-                setattr(a, name, None)
-            else:
-                table = self.tables[name]
-                table[:] = addresses
-                setattr(a, name, ctypes.addressof(table) + offset)
-        for i, (before, after) in enumerate(zip(state_in, state_out, strict=True)):
-            a.state_in[i], a.state_out[i] = before.data_ptr(), after.data_ptr()
-            recorded = states[i] if states else None
-            if recorded is not None:
-                self.state_tables[i][:] = recorded
-            a.states[i] = ctypes.addressof(self.state_tables[i]) + offset if recorded is not None else None
-        if tables.get("active") is not None and self.scratch is None:
-            self.scratch = torch.empty(self.layer.rows * self.layer.words * TILE, dtype=self.layer.dtype)
-            a.scratch = self.scratch.data_ptr()
-        a.values = values.data_ptr() if values is not None else None
-        a.values_capacity = values.numel() if values is not None else 0
-        return self.function(self.address)
+            self._point(first)
+        elif first != self._first:
+            self._point(first)
+        self.pointers[:] = pointers
+        count = self._states
+        self._state_in[:count], self._state_out[:count] = state_in, state_out
+        self.arguments.values, self.arguments.values_capacity = values, values_capacity
+        return self._function(self._address)
 
 
 def neuron_backward(layer: Layer, steps: int, *, grad_input: torch.Tensor | None,

@@ -3,64 +3,21 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from .build import load_node
-from .config import Options
 from .counters import counts
-from .dynamics import Dynamics
-from .kernels import ForwardScan, Layer, TILE, neuron_backward, pointer_table, step_pointers
+from .kernels import Layer, neuron_backward, pointer_table, step_pointers
 from .raster import Raster
-from .surrogate import Surrogate
+from .recorder import Block, Plan, Recorder, Result
 from .synapse_tape import SynapseTape, claim_current
 from .tapes import TAG, Delivery, SpikeTag, Tape, part
 
 # Room for inputs that lie deeper in the graph than those of the first step (a dropout that starts late, say).
 TOPOLOGICAL_SLACK = 16
-# From this density of active sites on, the dense membrane is stored instead of compressed values.
-STORE_DENSE_ABOVE = 0.3
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """How one neuron module is run; a new plan means that something about the module changed.
-
-    Args:
-        dynamics, surrogate, options: see their classes; the cutoff is already part of the surrogate.
-        parameters: the module's own parameter tensors.
-        derive: computes the parameters of the dynamics from them, in their order, as autograd knows them; once a
-            sequence, so that autograd takes care of what lies between (a clamp, a factor, a cast).
-        differentiable_output: False if the output carries no gradient (a Heaviside without surrogate).
-        unit_spikes: spikes are exactly 0 and 1, so that a synapse may use their raster.
-    """
-
-    dynamics: Dynamics
-    surrogate: Surrogate
-    options: Options
-    parameters: tuple[torch.Tensor, ...]
-    derive: Callable[[], tuple[torch.Tensor, ...]]
-    differentiable_output: bool = True
-    unit_spikes: bool = True
-
-
-@dataclass
-class Block:
-    """What one call recorded: one time step, or a whole sequence."""
-
-    steps: int
-    shape: torch.Size  # of the input
-    raster: Raster | None = None
-    reset: Raster | None = None
-    active: Raster | None = None
-    values: list[tuple[torch.Tensor, int]] = field(default_factory=list)  # per step: storage and offset
-    active_sites: int = 0
-    membrane: torch.Tensor | None = None
-    current: torch.Tensor | None = None
-    source: tuple[weakref.ref[SynapseTape], int] | None = None  # the synapse step that made the input
 
 
 class NeuronTape(Tape):
@@ -78,26 +35,16 @@ class NeuronTape(Tape):
         self.plan = plan
         self.parameters = plan.derive()
         self.layer = Layer(plan.dynamics, plan.surrogate, [p.detach() for p in self.parameters], shape, dtype)
-        self.scan = ForwardScan(self.layer)
         self.state_shapes = [s.shape for s in states]
         learned = {i for i, p in enumerate(self.parameters) if p.requires_grad}
-        spikes = plan.dynamics.spikes and plan.surrogate.kind != "ZeroDerivative"
-        self.keep_active = spikes and plan.surrogate.bounded
-        self.keep_membrane = bool(learned & set(plan.dynamics.needs_membrane)) or (spikes and not self.keep_active)
-        self.keep_current = bool(learned & set(plan.dynamics.needs_current))
-        self.state_in: list[torch.Tensor] = [s.clone() for s in self._full(states)] if learned else []
+        self.recorder = Recorder(plan, self.layer, learned)
+        self.state_in = self.recorder.full(states) if learned else []
         # The gradient of the graded spikes factor needs the gradient of every spike, active or not.
         self.needs_all_spike_gradients = "graded_spikes_factor" in {plan.dynamics.parameters[i] for i in learned}
         self.blocks: list[Block] = []
         self.outputs: list[tuple[int, int]] = []  # per node output: (0 = output or 1 + state, block)
         self.synapses: dict[int, weakref.ref[SynapseTape]] = {}  # fed by these spikes, by id of their module
-        self.arena: torch.Tensor | None = None
-        self.arena_used = 0
         self.last: list[tuple[weakref.ref[torch.Tensor], int, bool]] = []
-
-    def _full(self, states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The states as contiguous tensors of the layer's shape and dtype, outside autograd."""
-        return [s.detach().to(self.layer.dtype).expand(self.layer.shape).contiguous() for s in states]
 
     def continues(self, plan: Plan, shape: torch.Size, dtype: torch.dtype, states: Sequence[torch.Tensor]) -> bool:
         """Whether these are the very states that the last step returned, and nothing else changed."""
@@ -112,57 +59,6 @@ class NeuronTape(Tape):
                 return False
         return True
 
-    # ------------------------------------------------------------------------------------------------ forward
-
-    def run(self, x: torch.Tensor, states: Sequence[torch.Tensor], steps: int | None, record: bool) -> Result:
-        """Runs one time step (``steps`` None) or a sequence ``[T, B, ...]``, outside autograd."""
-        layer, dynamics = self.layer, self.plan.dynamics
-        count = steps or 1
-        lead = () if steps is None else (count,)
-        block = Block(count, x.shape)
-        output = layer.empty(*lead)
-        finals = [layer.empty() for _ in dynamics.states]
-        recorded = [layer.empty(*lead) for _ in dynamics.states] if record else []
-        data = x.detach().to(layer.dtype).contiguous()
-        if dynamics.spikes:
-            block.raster = layer.raster(count)
-            if dynamics.reset != "kNone" and dynamics.model == "kLeaky":
-                block.reset = layer.raster(count)
-            if self.keep_active:
-                block.active = layer.raster(count)
-        if self.keep_membrane:
-            block.membrane = layer.empty(*lead)
-        if self.keep_current:
-            block.current = layer.empty(*lead)
-        tables = {name: step_pointers(t.words if isinstance(t, Raster) else t, count) if t is not None else None
-                  for name, t in (("output", output), ("raster", block.raster), ("reset", block.reset),
-                                  ("active", block.active), ("membrane", block.membrane), ("current", block.current))}
-        state_tables = [step_pointers(r, count) for r in recorded]
-        before, done, inputs = self._full(states), 0, step_pointers(data, count)
-        while done < count:
-            values = self._arena() if block.active is not None and block.membrane is None else None
-            ran = self.scan.run(inputs=inputs, state_in=before, state_out=finals, values=values, first=done,
-                                states=state_tables, **tables)
-            for step in range(ran if block.active is not None else 0):
-                active = self.scan.counts[step]
-                block.active_sites += active
-                if values is not None:
-                    block.values.append((values, self.arena_used - self._arena_start))
-                    self.arena_used += active
-            before, done = finals, done + ran
-        if block.active_sites > STORE_DENSE_ABOVE * layer.sites * count:
-            self.keep_membrane = True
-        counts["neuron_steps"] += count
-        return Result(block, output, finals, recorded)
-
-    def _arena(self) -> torch.Tensor:
-        """Room for the active values of at least one more step."""
-        need = self.layer.rows * self.layer.words * TILE
-        if self.arena is None or self.arena.numel() - self.arena_used < need:
-            self.arena, self.arena_used = torch.empty(2 * need, dtype=self.layer.dtype), 0
-        self._arena_start = self.arena_used
-        return self.arena[self.arena_used :]
-
     def commit(self, result: Result, x: torch.Tensor, states: Sequence[torch.Tensor]) -> bool:
         """Makes the result part of the graph; False if the order of the graph forbids it (nothing changed then)."""
         node, plan, index = load_node(), self.plan, len(self.blocks)
@@ -171,8 +67,8 @@ class NeuronTape(Tape):
         out = result.recorded or result.finals
         carried = [(1 + i, s) for i, s in enumerate(out) if attached[i]]
         plain = [(0, result.output)] if plan.differentiable_output else []
-        if not plan.dynamics.spikes and result.output is result.finals[0]:
-            plain, carried[0] = [], (0, result.output)  # an integrator's output is its state
+        if result.output is result.finals[0]:  # an integrator's output is its state
+            plain, carried[0] = [], (0, result.output)
         if not plan.options.fuse_steps:
             plain, carried = plain + carried, []
         tensors = [t for _, t in plain], [t for _, t in carried]
@@ -182,8 +78,6 @@ class NeuronTape(Tape):
             counts["neuron_nodes"] += 1
         elif not node.extend(self.handle, [x], *tensors):
             return False
-        if index and not plan.dynamics.late_reset:
-            result.block.reset = None  # known from the spikes of the step before
         self.blocks.append(result.block)
         self.outputs += [(kind, index) for kind, _ in plain + carried]
         self.last = [(weakref.ref(t), t._version, t.requires_grad) for t in result.finals]
@@ -253,7 +147,7 @@ class NeuronTape(Tape):
             values: list[int | None] = [v.data_ptr() + at * size for v, at in block.values]
             tables["values"] += values or [None] * block.steps
             resets += step_pointers(block.reset.words if block.reset else None, block.steps)
-        if not self.plan.dynamics.late_reset and resets[0] is not None:
+        if self.plan.dynamics.reset_is_recorded and not self.plan.dynamics.late_reset:
             resets = resets[:1] + tables["raster"][:-1]  # who fired in a step is reset in the next
         return {name: pointer_table(t) for name, t in {**tables, "reset": resets}.items()}
 
@@ -275,17 +169,8 @@ class NeuronTape(Tape):
 
     def release(self) -> None:
         super().release()
-        self.blocks, self.state_in, self.arena = [], [], None
-
-
-@dataclass
-class Result:
-    """What one call of :meth:`NeuronTape.run` computed, not yet part of a graph."""
-
-    block: Block
-    output: torch.Tensor
-    finals: list[torch.Tensor]
-    recorded: list[torch.Tensor]
+        self.blocks, self.state_in = [], []
+        del self.recorder  # and its arena
 
 
 class Incoming:
@@ -351,16 +236,10 @@ class Incoming:
         if table is not self.active:
             table[first : first + block.steps] = step_pointers(grad, block.steps)
             return
-        assert block.active is not None
-        offset, words = 0, block.active.words.view(block.steps, -1)
-        for step in range(block.steps):
+        offset = 0
+        for step, active in enumerate(block.active_counts):
             table[first + step] = grad.data_ptr() + offset * grad.element_size()
-            offset += block.active_sites if block.steps == 1 else self._sites(words[step])
-
-    def _sites(self, words: torch.Tensor) -> int:
-        from .kernels import count
-
-        return count(Raster(words.view(1, -1), self.tape.layer.cols))
+            offset += active
 
     def _set_state(self, state: int, index: int, grad: torch.Tensor) -> None:
         block, first = self.tape.blocks[index], self.firsts[index]
@@ -395,12 +274,15 @@ def run_neuron(plan: Plan, x: torch.Tensor, states: Sequence[torch.Tensor], step
     tape = load_node().tape_of(states[0])
     result = None
     if isinstance(tape, NeuronTape) and tape.continues(plan, shape, dtype, states):
-        result = tape.run(x, states, steps, record)
+        result = tape.recorder.run(x, states, steps, record, first=False)
         result.block.source = claim_current(x, tape)
         if tape.commit(result, x, states):
             return result
     tape = NeuronTape(plan, shape, dtype, states)
-    result = result or tape.run(x, states, steps, record)
+    if result is None:
+        result = tape.recorder.run(x, states, steps, record, first=True)
+    elif plan.dynamics.reset_is_recorded and result.block.reset is None:
+        result.block.reset = tape.recorder.resets(states[0])
     result.block.source = claim_current(x, tape)
     tape.commit(result, x, states)
     return result

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 WORD = 64
@@ -14,17 +12,19 @@ def words_of(cols: int) -> int:
     return (cols + WORD - 1) // WORD
 
 
-@dataclass(frozen=True)
 class Raster:
     """Packed bits of a binary matrix ``[rows, cols]``; a row is one (time step, batch) pair.
 
     Args:
         words: int64 tensor ``[rows, ceil(cols / 64)]``, lowest bit first, bits beyond ``cols`` zero.
         cols: number of sites in a row.
+        ones: number of ones, where it is known.
     """
 
-    words: torch.Tensor
-    cols: int
+    __slots__ = ("words", "cols", "ones")
+
+    def __init__(self, words: torch.Tensor, cols: int, ones: int | None = None) -> None:
+        self.words, self.cols, self.ones = words, cols, ones
 
     @property
     def rows(self) -> int:
@@ -40,6 +40,9 @@ class Raster:
 
     @staticmethod
     def concatenate(rasters: list[Raster]) -> Raster:
+        """The rasters one below the other."""
         if len(rasters) == 1:
             return rasters[0]
-        return Raster(torch.cat([r.words for r in rasters]), rasters[0].cols)
+        ones = [r.ones for r in rasters if r.ones is not None]
+        known = sum(ones) if len(ones) == len(rasters) else None
+        return Raster(torch.cat([r.words for r in rasters]), rasters[0].cols, known)

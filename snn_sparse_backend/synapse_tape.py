@@ -85,7 +85,7 @@ class SynapseTape(Tape):
         self.latest: torch.Tensor | None = None  # input of the last step
         self.current: torch.Tensor | None = None  # its current, an alias, to be copied while the input stays the same
         self.current_version = 0
-        self.tiles: torch.Tensor | None = None
+        self.product: kernels.SynapseForward | None = None
 
     def _versions(self) -> tuple[int, int]:
         return self.weight._version, self.bias._version if self.bias is not None else 0
@@ -133,13 +133,15 @@ class SynapseTape(Tape):
         if kernels.count(raster) > self.options.crossover * raster.sites:
             return None
         counts["forward_sparse"] += 1
-        current = kernels.synapse_forward(raster, self.weight_tiles(), self.weight.shape[0], self.bias)
-        return current.view(*x.shape[:-1], self.weight.shape[0])
+        current = self.sparse_product()(raster)
+        return current if x.dim() == 2 else current.view(*x.shape[:-1], self.weight.shape[0])
 
-    def weight_tiles(self) -> torch.Tensor:
-        if self.tiles is None:
-            self.tiles = kernels.pack_weights(self.weight.detach())
-        return self.tiles
+    def sparse_product(self) -> kernels.SynapseForward:
+        """The event-driven product with the weights of this sequence, packed once."""
+        if self.product is None:
+            bias = self.bias.detach() if self.bias is not None else None
+            self.product = kernels.SynapseForward(self.weight.detach(), bias)
+        return self.product
 
     def attach(self, current: torch.Tensor, step: Step) -> bool:
         """Makes ``current`` an output of this tape's node; False if the order of the graph forbids it."""
@@ -159,7 +161,7 @@ class SynapseTape(Tape):
         if module is None:
             return None
         fresh = SynapseTape(module, self.options, None)
-        fresh.weight, fresh.bias, fresh.versions, fresh.tiles = self.weight, self.bias, self.versions, self.tiles
+        fresh.weight, fresh.bias, fresh.versions, fresh.product = self.weight, self.bias, self.versions, self.product
         fresh.attach(current, self.steps[index])
         if index == len(self.steps) - 1:
             fresh.latest, fresh.current, fresh.current_version = self.latest, self.current, self.current_version
@@ -234,7 +236,7 @@ class SynapseTape(Tape):
             active = neuron.active_set(blocks, self.options.crossover)
             if active is not None:
                 counts["input_gradient_sparse"] += 1
-                values = kernels.input_gradient(grad, kernels.columns(active, ranks=True), self.weight_tiles())
+                values = kernels.input_gradient(grad, kernels.columns(active, ranks=True), self.sparse_product().tiles)
                 neuron.deliver(Delivery(task, blocks, active=values))
                 return
         counts["input_gradient_dense"] += 1
@@ -261,7 +263,7 @@ class SynapseTape(Tape):
 
     def release(self) -> None:
         super().release()
-        self.steps, self.latest, self.current, self.tiles = [], None, None, None
+        self.steps, self.latest, self.current, self.product = [], None, None, None
 
 
 def run_synapse(module: nn.Linear, options: Options, host: Any, x: torch.Tensor, tag: SpikeTag | None) -> torch.Tensor:

@@ -136,6 +136,8 @@ template <class N> int64_t forward(const SnnNeuronForward& a) {
       const int64_t end = std::min(units, (task + 1) * kUnitsPerTask);
       for (int64_t unit = task * kUnitsPerTask; unit < end; unit++) forward_unit<N>(a, step, unit, par);
     });
+    const uint64_t* raster = entry(a.raster, step);
+    if (raster && a.spike_counts) a.spike_counts[step] = raster_count({raster, units});
     if (!active) continue;
     const int64_t before = used;
     for (int64_t unit = 0; unit < units; unit++) {
@@ -143,7 +145,7 @@ template <class N> int64_t forward(const SnnNeuronForward& a) {
       if (a.values) std::memcpy(values + used, static_cast<const T*>(a.scratch) + 64 * unit, count * sizeof(T));
       used += count;
     }
-    a.counts[step] = used - before;
+    if (a.active_counts) a.active_counts[step] = used - before;
   }
   return a.steps;
 }

@@ -28,7 +28,8 @@ template <class T> inline uint64_t pack_word(const T* values, int64_t lanes, uin
 
 template <class T> int64_t pack(const SnnRasterPack& a) {
   const int64_t words = words_of(a.cols), tasks = (a.rows + kRowsPerTask - 1) / kRowsPerTask;
-  std::atomic<uint64_t> odd{0};
+  std::atomic<int64_t> ones{0};
+  std::atomic<bool> odd{false};
   parallel_for(tasks, a.threads, [&](int64_t task) {
     uint64_t mine = 0;
     const int64_t end = std::min(a.rows, (task + 1) * kRowsPerTask);
@@ -39,9 +40,11 @@ template <class T> int64_t pack(const SnnRasterPack& a) {
         a.words[r * words + w] = lanes == 64 ? pack_word(row + 64 * w, 64, mine) : pack_word(row + 64 * w, lanes, mine);
       }
     }
-    if (mine) odd.store(1, std::memory_order_relaxed);
+    if (mine) return odd.store(true, std::memory_order_relaxed);
+    const int64_t first = task * kRowsPerTask * words;
+    ones.fetch_add(raster_count({a.words + first, end * words - first}), std::memory_order_relaxed);
   });
-  return odd.load() == 0;
+  return odd.load() ? -1 : ones.load();
 }
 
 template <class T> int64_t unpack(const SnnRasterUnpack& a) {

@@ -1,0 +1,268 @@
+"""Property tests: whatever plain snnTorch model is drawn, its outputs and all its gradients are those of stock snnTorch.
+
+Forward outputs are the same bits by default; gradients agree to 1e-10 in float64 and to 1e-5 in float32.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import snntorch as snn
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracle import Side, assert_same, precision
+from snntorch import surrogate
+from torch import Tensor, nn
+
+RESETS = ("subtract", "zero", "none")
+SURROGATES: dict[str, tuple[Callable[..., Any], dict[str, tuple[float, float]]]] = {
+    "atan": (surrogate.atan, {"alpha": (0.5, 5)}),
+    "fast_sigmoid": (surrogate.fast_sigmoid, {"slope": (1, 50)}),
+    "sigmoid": (surrogate.sigmoid, {"slope": (1, 25)}),
+    "straight_through_estimator": (surrogate.straight_through_estimator, {}),
+    "triangular": (surrogate.triangular, {"threshold": (0.3, 2)}),
+    "heaviside": (surrogate.heaviside, {}),
+    "spike_rate_escape": (surrogate.spike_rate_escape, {"beta": (0.5, 2), "slope": (1, 25)}),
+    "SFS": (surrogate.SFS, {"slope": (1, 25), "B": (0, 0.5)}),
+}
+hit: Counter[str] = Counter()  # products of all examples of this module
+
+settings.register_profile("backend", deadline=None, derandomize=True, database=None,
+                          suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+settings.load_profile("backend")
+
+
+@dataclass
+class Parameter:
+    """How a parameter of a neuron is given: a number, a tensor of shape (), (1,) or (N,), learnable or not."""
+
+    value: float | int
+    shape: str
+    learn: bool
+
+    def make(self, size: int) -> Any:
+        if self.shape == "number":
+            return self.value
+        if self.shape == "neurons":
+            return self.value + 0.1 * torch.randn(size)
+        return torch.full({"scalar": (), "one": (1,)}[self.shape], float(self.value))
+
+
+@dataclass
+class Layer:
+    """One Leaky, and the Linear before it, if it has one (``bias`` is not None)."""
+
+    size: int
+    bias: bool | None
+    reset: str
+    delay: bool
+    surrogate: tuple[str, dict[str, float]]
+    beta: Parameter
+    threshold: Parameter
+    factor: Parameter
+    state: str  # passed, kept, hidden
+    initial: str  # none, given, learned
+
+
+@dataclass
+class Case:
+    """A model, its input and its loss."""
+
+    layers: list[Layer]
+    shape: tuple[int, ...]  # of one time step
+    steps: int
+    static: bool
+    binary: bool
+    density: float
+    gain: float
+    x_grad: bool
+    frozen: bool  # no synapse learns
+    loss: str
+    seed: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+# -------------------------------------------------------------------------------------------------- strategies
+
+
+def parameters(values: st.SearchStrategy[float | int], shapes: tuple[str, ...]) -> st.SearchStrategy[Parameter]:
+    def build(value: float | int, shape: str, learn: bool) -> Parameter:
+        return Parameter(value, shape, learn and not (shape == "number" and isinstance(value, int)))
+
+    return st.builds(build, values, st.sampled_from(shapes), st.booleans())
+
+
+@st.composite
+def surrogates(draw: st.DrawFn) -> tuple[str, dict[str, float]]:
+    name = draw(st.sampled_from(sorted(SURROGATES)))
+    return name, {key: draw(st.floats(*limits)) for key, limits in SURROGATES[name][1].items()}
+
+
+sizes = st.one_of(st.integers(1, 12), st.sampled_from([63, 64, 65, 127, 128, 129]), st.integers(13, 140))
+
+
+@st.composite
+def layers(draw: st.DrawFn, size: int, bias: bool | None, vector: bool) -> Layer:
+    shapes = ("number", "scalar", "one", "neurons") if vector else ("number", "scalar")
+    return Layer(
+        size=size,
+        bias=bias,
+        reset=draw(st.sampled_from(RESETS)),
+        delay=draw(st.booleans()),
+        surrogate=draw(surrogates()),
+        beta=draw(parameters(st.one_of(st.floats(0, 1), st.sampled_from([-0.2, 1.3, 0, 1, 0.0, 1.0])), shapes)),
+        threshold=draw(parameters(st.one_of(st.floats(0.1, 1.5), st.sampled_from([1, 2, -0.3, 0.0])), shapes)),
+        factor=draw(parameters(st.one_of(st.just(1.0), st.just(1), st.floats(0.3, 2)), shapes)),
+        state=draw(st.sampled_from(("passed", "kept", "hidden"))),
+        initial=draw(st.sampled_from(("none", "given", "learned"))),
+    )
+
+
+@st.composite
+def cases(draw: st.DrawFn, synapses: bool) -> Case:
+    if synapses:
+        inputs = draw(sizes)
+        shape: tuple[int, ...] = draw(st.sampled_from([(inputs,), (1, inputs), (2, inputs), (5, inputs),
+                                                       (2, 3, inputs)]))
+        biases = st.sampled_from([True, True, False])
+        chosen = [draw(layers(draw(sizes), draw(biases), True)) for _ in range(draw(st.integers(1, 3)))]
+    else:
+        shape = draw(st.sampled_from([(), (1,), (7,), (3, 1), (4, 65), (1, 130), (2, 3, 4, 5), (3, 1, 9), (2, 70, 2)]))
+        vector = len(shape) > 0
+        size = shape[-1] if vector else 1
+        chosen = [draw(layers(size, None, vector)) for _ in range(draw(st.integers(1, 2)))]
+    options: dict[str, Any] = {"cutoff": draw(st.one_of(st.none(), st.floats(0.05, 2)))}
+    options["forward"] = draw(st.sampled_from(["host", "host", "sparse"]))
+    if draw(st.integers(0, 3)) == 0:
+        options["crossover"] = draw(st.sampled_from([0.0, 0.5, 1.0]))
+    return Case(
+        layers=chosen,
+        shape=shape,
+        steps=draw(st.integers(1, 12)),
+        static=draw(st.booleans()),
+        binary=draw(st.booleans()),
+        density=draw(st.sampled_from([0.0, 0.03, 0.1, 0.5, 0.9])),
+        gain=draw(st.sampled_from([1.0, 3.0])),
+        x_grad=draw(st.booleans()),
+        frozen=draw(st.integers(0, 4)) == 0,
+        loss=draw(st.sampled_from(("all", "spikes", "membranes", "last", "readout", "some", "some"))),
+        seed=draw(st.integers(0, 2**31)),
+        options=options,
+    )
+
+
+# -------------------------------------------------------------------------------------------------- the program
+
+
+def make_leaky(layer: Layer, side: Side) -> snn.Leaky:
+    factory, constants = SURROGATES[layer.surrogate[0]][0], layer.surrogate[1]
+    return snn.Leaky(
+        beta=layer.beta.make(layer.size), learn_beta=layer.beta.learn and torch.is_floating_point(
+            torch.as_tensor(layer.beta.value)),
+        threshold=layer.threshold.make(layer.size), learn_threshold=layer.threshold.learn,
+        graded_spikes_factor=layer.factor.make(layer.size), learn_graded_spikes_factor=layer.factor.learn,
+        spike_grad=side.surrogate(factory(**constants)), reset_mechanism=layer.reset, reset_delay=layer.delay,
+        init_hidden=layer.state == "hidden", output=layer.state == "hidden",
+    )
+
+
+def make_input(case: Case) -> Tensor:
+    lead = (1,) if case.static else (case.steps,)
+    if case.binary:
+        return (torch.rand(*lead, *case.shape) < case.density).to(torch.get_default_dtype())
+    return case.gain * torch.randn(*lead, *case.shape)
+
+
+def in_loss(case: Case, kind: str, layer: int, step: int) -> bool:
+    """Whether this output enters the loss."""
+    last = step == case.steps - 1
+    if case.loss == "some":
+        return bool(torch.rand(()) < 0.3) or (last and kind == "spk" and layer == len(case.layers) - 1)
+    return {"all": True, "spikes": kind == "spk", "membranes": kind == "mem", "last": last,
+            "readout": layer == len(case.layers) - 1 and (kind == "spk" or last)}[case.loss]
+
+
+def unroll(case: Case) -> Callable[[Side], None]:
+    """The model of a case, its time loop and its loss, as a user would write them."""
+
+    def program(side: Side) -> None:
+        x = make_input(case).requires_grad_(case.x_grad)
+        frame = x[0] if case.static else None
+        leaky = nn.ModuleList(make_leaky(layer, side) for layer in case.layers)
+        linear, inputs = nn.ModuleList(), case.shape[-1] if case.shape else 1
+        mems: list[Tensor | None] = []
+        initial: dict[str, Tensor] = {}
+        for i, layer in enumerate(case.layers):
+            linear.append(nn.Identity() if layer.bias is None else nn.Linear(inputs, layer.size, bias=layer.bias))
+            if layer.bias is not None:
+                nn.init.uniform_(linear[i].weight, -case.gain * inputs**-0.5, case.gain * inputs**-0.5)
+                inputs = layer.size
+                linear[i].requires_grad_(not case.frozen)
+            mems.append(None)
+            if layer.initial != "none":
+                shape = case.shape if layer.bias is None else (*case.shape[:-1], layer.size)
+                start = torch.randn(shape).requires_grad_(layer.initial == "learned")
+                initial[f"mem0 of {i}"] = start
+                mems[i] = start
+                if layer.state != "passed":
+                    leaky[i].mem = start
+        loss = x.new_zeros(())
+        for t in range(case.steps):
+            h = frame if frame is not None else x[t]
+            for i, layer in enumerate(case.layers):
+                h = linear[i](h)
+                h, mems[i] = leaky[i](h, mems[i]) if layer.state == "passed" else leaky[i](h)
+                for kind, value in (("spk", h), ("mem", mems[i])):
+                    side.output(f"{kind} of {i} at {t}", value)
+                    if in_loss(case, kind, i, t):
+                        loss = loss + (value * torch.randn(value.shape)).sum()
+        if loss.requires_grad:
+            loss.backward()
+        side.collect(leaky, linear, x=x, **initial)
+
+    return program
+
+
+def check(case: Case, dtype: torch.dtype) -> None:
+    with precision(dtype):
+        learned = case.x_grad or any(
+            (layer.bias is not None and not case.frozen) or layer.initial == "learned" or layer.beta.learn
+            or layer.threshold.learn or layer.factor.learn for layer in case.layers)
+        side = assert_same(unroll(case), seed=case.seed, fused=True if learned else None,
+                           bitwise=case.options["forward"] == "host", **case.options)
+    hit.update(side.counts)
+
+
+# -------------------------------------------------------------------------------------------------- properties
+
+
+@settings(max_examples=300)
+@given(case=cases(synapses=True))
+def test_networks_in_float64(case: Case) -> None:
+    check(case, torch.float64)
+
+
+@settings(max_examples=250)
+@given(case=cases(synapses=False))
+def test_neurons_alone_in_float64(case: Case) -> None:
+    check(case, torch.float64)
+
+
+@settings(max_examples=100)
+@given(case=cases(synapses=True))
+def test_networks_in_float32(case: Case) -> None:
+    case.options["forward"] = "host"
+    check(case, torch.float32)
+
+
+def test_sparse_and_dense_products_were_all_hit() -> None:
+    if not hit:
+        pytest.skip("counts what the tests above ran")
+    for product in ("weight_gradient_sparse", "weight_gradient_dense", "input_gradient_sparse", "input_gradient_dense",
+                    "forward_sparse"):
+        assert hit[product] > 20, f"{product}: {hit[product]} times only: {hit}"
