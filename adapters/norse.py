@@ -11,10 +11,13 @@ and replace only ``forward``. Sequences are ``[T, B, ...]``, cells take one time
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import norse.torch as stock
 import torch
+from norse.torch.functional import lif
 from norse.torch.functional.leaky_integrator import LIState, li_feed_forward_step
 from norse.torch.functional.lif import LIFFeedForwardState, lif_feed_forward_step
 from norse.torch.module.snn import SNN, SNNCell
@@ -29,7 +32,7 @@ from ..neuron_tape import computing_dtype, run_neuron
 from ..recorder import Plan
 from ..surrogate import NO_GRADIENT
 from . import synapses
-from .adapter import OPTIONS, Adapter
+from .adapter import OPTIONS, Adapter, truncate
 from .fallback import mode_problem, report, tensor_problem
 
 LIBRARY = "norse"
@@ -41,6 +44,8 @@ _LI_NAMES = _LIF_NAMES[:3]
 
 def options_of(module: Any) -> Options | None:
     """Options in force for a module, None if neither it nor its library is enabled; swapped classes always are."""
+    if config.suspended:
+        return None
     own = module.__dict__.get(OPTIONS) or config.libraries.get(LIBRARY)
     return own or (config.defaults if type(module) in _SWAPPED else None)
 
@@ -232,4 +237,15 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if type(m) in _KINDS]
 
 
-adapter = Adapter(LIBRARY, _refresh, _layers, _models)
+@contextmanager
+def _truncated(_model: nn.Module, cutoff: float) -> Iterator[None]:
+    """Norse's threshold derivatives multiplied by 1[|U - v_th| < cutoff], for comparisons; for the whole process."""
+    original = lif.threshold
+    lif.threshold = lambda x, *rest: truncate(lambda y: original(y, *rest), x, cutoff)
+    try:
+        yield
+    finally:
+        lif.threshold = original
+
+
+adapter = Adapter(LIBRARY, _refresh, _layers, _models, _truncated, _is_lif)

@@ -7,6 +7,8 @@ another shape is replaced by zeros, the returned membrane is the very tensor kep
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +23,7 @@ from ..kernels import DTYPES
 from ..neuron_tape import run_neuron
 from ..recorder import Plan
 from . import synapses
-from .adapter import OPTIONS, Adapter
+from .adapter import OPTIONS, Adapter, truncate
 from .fallback import mode_problem, report, tensor_problem
 
 LIBRARY = "snntorch"
@@ -35,7 +37,7 @@ _HOST_METHODS = {name: getattr(snn.Leaky, name) for name in _STEP_METHODS}
 
 def options_of(module: Any) -> Options | None:
     """Options in force for a module, None if neither it nor its library is enabled."""
-    return module.__dict__.get(OPTIONS) or config.libraries.get(LIBRARY)
+    return None if config.suspended else module.__dict__.get(OPTIONS) or config.libraries.get(LIBRARY)
 
 
 def leaky_forward(self: Any, input_: torch.Tensor, mem: torch.Tensor | None = None) -> Any:
@@ -189,4 +191,17 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if type(m) is snn.Leaky]
 
 
-adapter = Adapter(LIBRARY, _refresh, _layers, _models)
+@contextmanager
+def _truncated(model: nn.Module, cutoff: float) -> Iterator[None]:
+    """The host's surrogate derivatives multiplied by 1[|U - threshold| < cutoff], for comparisons."""
+    layers = [(layer, layer.spike_grad) for layer in _layers(model)]
+    for layer, spike_grad in layers:
+        layer.spike_grad = lambda x, original=spike_grad: truncate(original, x, cutoff)
+    try:
+        yield
+    finally:
+        for layer, spike_grad in layers:
+            layer.spike_grad = spike_grad
+
+
+adapter = Adapter(LIBRARY, _refresh, _layers, _models, _truncated, lambda layer: True)

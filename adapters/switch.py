@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from typing import Any
 
 from torch import nn
 
 from ..config import config
-from .adapter import Adapter
+from .adapter import OPTIONS, Adapter
 
 _LIBRARIES = ("snntorch", "norse")
 
@@ -88,12 +88,41 @@ def disable(target: str | nn.Module) -> None:
 @contextmanager
 def enabled(target: str | nn.Module, **options: Any) -> Iterator[None]:
     """``with enabled("snntorch", cutoff=0.3): ...``: on inside, and as it was before outside."""
-    before = config.libraries.get(target) if isinstance(target, str) else None
+    libraries = dict(config.libraries)
+    models = [(m, m.__dict__.get(OPTIONS)) for m in target.modules()] if isinstance(target, nn.Module) else []
     enable(target, **options)
     try:
         yield
     finally:
-        if before is not None and isinstance(target, str):
-            config.libraries[target] = before
+        if isinstance(target, str):
+            config.libraries = libraries
+            _adapter(target).refresh()
         else:
             disable(target)
+            for adapter in _installed():
+                adapter.adopt_again(models)
+
+
+@contextmanager
+def host_code() -> Iterator[None]:
+    """Inside, every layer runs the host library's own code, whatever is enabled."""
+    before, config.suspended = config.suspended, True
+    try:
+        yield
+    finally:
+        config.suspended = before
+
+
+def spiking_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Names and modules of the supported layers of a model that emit spikes."""
+    found = {m for adapter in _installed() for m in adapter.layers(model) if adapter.spikes(m)}
+    return [(name, module) for name, module in model.named_modules() if module in found]
+
+
+@contextmanager
+def truncated_surrogates(model: nn.Module, cutoff: float | None) -> Iterator[None]:
+    """Inside, the host libraries multiply their surrogate derivatives by ``1[|U - threshold| < cutoff]``."""
+    with ExitStack() as stack:
+        for adapter in _installed() if cutoff is not None else ():
+            stack.enter_context(adapter.truncated(model, cutoff))
+        yield

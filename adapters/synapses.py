@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import Options
+from ..config import Options, config
 from ..kernels import DTYPES
 from ..neuron_tape import NeuronTape
 from ..synapse_tape import run_synapse
@@ -23,7 +23,7 @@ SOURCE = "_snn_sparse_source"
 
 def linear_forward(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
     """Replaces ``nn.Linear.forward`` while a library is enabled; input ``[..., in_features]``."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or config.suspended:
         return host_forward(self, input)
     tag = tag_of(input) if type(input) is torch.Tensor else None
     options = _feeding.get(self)

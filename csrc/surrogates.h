@@ -131,6 +131,9 @@ template <class T, class Visit> SNN_HD void visit_surrogate(const SnnSurrogate& 
   }
 }
 
+// A bound of the support as T. No comparison with NaN holds, so an infinite bound excludes nothing, not even infinity.
+template <class T> SNN_HD T bound(double value) { return std::isinf(value) ? T(NAN) : T(value); }
+
 // Written with negations so that a NaN membrane counts as inside and its NaN stays visible.
 template <class T> SNN_HD bool inside(T x, T low, T high) { return !(x <= low) & !(x >= high); }
 

@@ -20,11 +20,12 @@ from .adapters.switch import disable, enable, enabled
 from .build import BuildError
 from .config import Options, config
 from .counters import counts, reset_counts
+from .equivalence import Report, check
 
 try:
     __version__ = _version("snn-sparse-backend")
 except _PackageNotFoundError:  # used from a checkout that is not installed
     __version__ = "0+checkout"
 
-__all__ = ["BuildError", "Options", "SparseFallbackWarning", "config", "counts", "disable", "enable", "enabled",
+__all__ = ["BuildError", "Options", "Report", "SparseFallbackWarning", "check", "config", "counts", "disable", "enable", "enabled",
            "reset_counts"]

@@ -62,11 +62,13 @@ class Config:
     Attributes:
         defaults: options where neither a library nor a model sets its own; change them with :meth:`set`.
         libraries: options of each enabled library.
+        suspended: inside ``host_code()``, where nothing of ours runs.
     """
 
     def __init__(self) -> None:
         self.defaults = Options()
         self.libraries: dict[str, Options] = {}
+        self.suspended = False
 
     def set(self, **options: Any) -> None:
         """Changes process-wide defaults, e.g. ``config.set(cutoff=0.3)`` for Norse's swapped classes.

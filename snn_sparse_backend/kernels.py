@@ -34,7 +34,14 @@ def _function(name: str) -> Callable[[Any], int]:
     """A kernel by name; the library is compiled on the first call of any of them."""
     function = getattr(load_core(), f"snn_{name}")
     function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_void_p]
+    function.errcheck = _checked
     return function
+
+
+def _checked(result: int, function: Any, arguments: Any) -> int:
+    if result == CONSTANTS["kOutOfMemory"]:
+        raise MemoryError(f"{function.__name__} cannot allocate its working memory")
+    return result
 
 
 def _call(name: str, struct: str, **fields: Any) -> int:

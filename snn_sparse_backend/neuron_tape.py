@@ -220,9 +220,12 @@ class Incoming:
         first = 0
         for index in delivery.blocks:
             block = self.tape.blocks[index]
-            found, total = (dense, delivery.dense) if delivery.dense is not None else (at_active, delivery.active)
-            size = block.steps * self.tape.layer.rows if delivery.dense is not None else block.active_sites
-            assert total is not None
+            if delivery.dense is not None:
+                found, total = dense, delivery.dense.view(-1, self.tape.layer.cols)
+                size = block.steps * self.tape.layer.rows
+            else:
+                assert delivery.active is not None
+                found, total, size = at_active, delivery.active, block.active_sites
             grad = total[first : first + size]
             first += size
             if index in found:

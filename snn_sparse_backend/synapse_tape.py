@@ -186,13 +186,13 @@ class SynapseTape(Tape):
     def _total(self, grads: Sequence[torch.Tensor | None], task: int) -> tuple[list[int], torch.Tensor | None]:
         """Steps that received a gradient, and their gradients ``[rows of these steps, outputs]``."""
         deliveries = self.accept_deliveries(task)
+        outputs = self.weight.shape[0]
         if len(deliveries) == 1 and all(g is None for g in grads) and deliveries[0].dense is not None:
             blocks = deliveries[0].blocks
             rows = sum(self.steps[i].rows for i in blocks)
             if len(set(blocks)) == len(blocks):
-                return blocks, deliveries[0].dense[:rows]
+                return blocks, deliveries[0].dense.view(-1, outputs)[:rows]
         found: dict[int, torch.Tensor] = {}
-        outputs = self.weight.shape[0]
 
         def add(index: int, grad: torch.Tensor) -> None:
             grad = grad.reshape(-1, outputs)
@@ -205,7 +205,7 @@ class SynapseTape(Tape):
             first = 0
             for index in delivery.blocks:
                 assert delivery.dense is not None
-                add(index, delivery.dense[first : first + self.steps[index].rows])
+                add(index, delivery.dense.view(-1, outputs)[first : first + self.steps[index].rows])
                 first += self.steps[index].rows
         chosen = sorted(found)
         return chosen, torch.cat([found[i] for i in chosen]).contiguous() if chosen else None
@@ -234,7 +234,7 @@ class SynapseTape(Tape):
         if neuron is not None:
             blocks = [spikes[1] for spikes in (self.steps[i].spikes for i in chosen) if spikes is not None]
             active = neuron.active_set(blocks, self.options.crossover)
-            if active is not None:
+            if active is not None and active.cols == self.weight.shape[1]:
                 counts["input_gradient_sparse"] += 1
                 values = kernels.input_gradient(grad, kernels.columns(active, ranks=True), self.sparse_product().tiles)
                 neuron.deliver(Delivery(task, blocks, active=values))

@@ -27,7 +27,8 @@ class Delivery:
     Args:
         task: the backward call it belongs to.
         blocks: indices of the receiver's blocks, in order.
-        dense: ``[rows of all blocks, cols]``, or None.
+        dense: ``[rows of all blocks, cols]``, or None. The receiver may divide the same sites into other rows: of
+            spikes ``[A, B, N]`` a neuron layer has A, a synapse A * B.
         active: gradients at the active sites of the blocks only, in row-major order, or None.
     """
 

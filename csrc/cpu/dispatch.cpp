@@ -23,6 +23,15 @@ Isa widest() {
 
 Isa chosen = widest();
 
+// No exception may leave a C function; memory is all that a kernel can run out of.
+template <class Arguments> int64_t guarded(int64_t (*kernel)(const Arguments&), const Arguments* a) {
+  try {
+    return kernel(*a);
+  } catch (...) {
+    return kOutOfMemory;
+  }
+}
+
 }  // namespace
 
 #define SNN_API extern "C" __attribute__((visibility("default")))
@@ -37,14 +46,14 @@ SNN_API const char* snn_instruction_set(int limit) {
 }
 
 #if SSB_X86
-#define SNN_EXPORT(name, Arguments)                          \
-  SNN_API int64_t snn_##name(const Arguments* a) {           \
-    if (chosen == kV4) return snn::v4::name(*a);             \
-    return chosen == kV3 ? snn::v3::name(*a) : snn::base::name(*a); \
+#define SNN_EXPORT(name, Arguments)                                      \
+  SNN_API int64_t snn_##name(const Arguments* a) {                       \
+    if (chosen == kV4) return guarded(snn::v4::name, a);                 \
+    return guarded(chosen == kV3 ? snn::v3::name : snn::base::name, a);  \
   }
 #else
 #define SNN_EXPORT(name, Arguments) \
-  SNN_API int64_t snn_##name(const Arguments* a) { return snn::base::name(*a); }
+  SNN_API int64_t snn_##name(const Arguments* a) { return guarded(snn::base::name, a); }
 #endif
 
 SNN_KERNELS(SNN_EXPORT)

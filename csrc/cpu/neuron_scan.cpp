@@ -85,7 +85,7 @@ template <class N> void forward_unit(const SnnNeuronForward& a, int64_t step, in
   const int64_t words = words_of(a.layer.cols), row = unit / words, word = unit % words;
   const int64_t lanes = lanes_of(a.layer.cols, word), base = row * a.layer.cols + 64 * word;
   const T* x = static_cast<const T*>(a.input[step]) + base;
-  const T low = static_cast<T>(a.layer.surrogate.low), high = static_cast<T>(a.layer.surrogate.high);
+  const T low = bound<T>(a.layer.surrogate.low), high = bound<T>(a.layer.surrogate.high);
   par.load(a.layer, row, 64 * word, lanes);
   T state[N::States][64], output[64], u[64], current[64], spike[64], reset[64], active[64];
   for (int i = 0; i < N::States; i++)
@@ -153,7 +153,7 @@ template <class N> int64_t forward(const SnnNeuronForward& a) {
 // ------------------------------------------------------------------------------------------------ backward
 
 template <class T> void apply_surrogate(const SnnSurrogate& s, const T* x, const T* g, T* phi, int64_t lanes) {
-  const T low = static_cast<T>(s.low), high = static_cast<T>(s.high);
+  const T low = bound<T>(s.low), high = bound<T>(s.high);
   visit_surrogate<T>(s, [&](auto derivative) {
     with_lanes(lanes, [&](auto count) {
       for (int64_t k = 0; k < count; k++) phi[k] = inside(x[k], low, high) ? derivative(x[k], g[k]) : T(0);

@@ -1,5 +1,6 @@
 // Tasks over torch's threads (the library is loaded after torch and shares its OpenMP runtime), and vectors.
 #pragma once
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -13,14 +14,23 @@ namespace snn {
 namespace SSB_ISA {
 
 // Runs task(i) for i in [0, count). Tasks write disjoint results, so the number of threads cannot change a bit.
+// All that a task may throw is std::bad_alloc; it must not leave a thread of OpenMP, so it is thrown again here.
 template <class Task> inline void parallel_for(int64_t count, int threads, Task task) {
   if (threads > count) threads = static_cast<int>(count);
   if (threads <= 1) {
     for (int64_t i = 0; i < count; i++) task(i);
     return;
   }
+  std::atomic<bool> failed{false};
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (int64_t i = 0; i < count; i++) task(i);
+  for (int64_t i = 0; i < count; i++) {
+    try {
+      if (!failed.load(std::memory_order_relaxed)) task(i);
+    } catch (...) {
+      failed.store(true, std::memory_order_relaxed);
+    }
+  }
+  if (failed.load()) throw std::bad_alloc();
 }
 
 // 64 bytes of T: one AVX-512 register, two of AVX2, four of NEON; the compiler splits it.

@@ -117,6 +117,7 @@ template <class T, class Arguments> class GradientTile {
 
 template <class T> int64_t weight_gradient_of(const SnnWeightGradient& a) {
   const int64_t tiles = tiles_of(a.outputs), blocks = (a.rows + a.block_rows - 1) / a.block_rows;
+  if (tiles == 0) return 0;
   // Narrow layers have fewer tiles than threads: then the inputs are split as well.
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(a.inputs, 2 * a.threads / tiles));
   parallel_for(tiles * parts, a.threads, [&](int64_t task) {
