@@ -44,6 +44,8 @@ def tensor_problem(*tensors: torch.Tensor) -> str | None:
             return f"tensors on {tensor.device.type} are not supported yet, only the CPU has kernels"
         if tensor.layout is not torch.strided:
             return f"tensors of layout {tensor.layout} are not supported"
+        if tensor.is_inference():
+            return "tensors made in inference mode are not supported"
     return None
 
 

@@ -66,14 +66,17 @@ def _forward(self: Any, host: Any, x: torch.Tensor, state: Any, sequence: bool) 
     options = options_of(self)
     if options is None or not torch.is_grad_enabled() or not isinstance(x, torch.Tensor):
         return host(self, x, state)
+    if not (sequence or options.fuse_steps) and _is_lif(self):
+        return host(self, x, state)  # only Norse's own graph has the gradient at a spike with its part from the reset
     problem = _problem(self, x, sequence)
     if problem is None:
-        state = state if state is not None else self.state_fallback(x)
-        plan, problem = _plan_of(self, options, x.shape[1:] if sequence else x.shape, x, state)
+        given = state is not None
+        state = state if given else self.state_fallback(x)
+        plan, problem = _plan_of(self, options, x.shape[1:] if sequence else x.shape, x, state, given)
     if problem is not None:
         report(self, problem)
         return host(self, x, state)
-    if plan is None or not any(t.requires_grad for t in (x, state.v, state.i, *plan.parameters)):
+    if plan is None or not _differentiable(plan, x, state, x.shape[0] if sequence else 1):
         return host(self, x, state)
     if type(self) in _SWAPPED:
         synapses.switch("norse classes", True)
@@ -103,6 +106,16 @@ def _problem(module: Any, x: torch.Tensor, sequence: bool) -> str | None:
     return None
 
 
+def _differentiable(plan: Plan, x: torch.Tensor, state: Any, steps: int) -> bool:
+    """Whether all outputs require grad; a step without gradients, and the first with them, may be left to Norse."""
+    tau_mem_inv, tau_syn_inv, v_leak, *spiking = plan.parameters
+    at_once = [x, state.v, state.i, tau_mem_inv, v_leak, *spiking[: int(plan.differentiable_output)]]
+    if any(t.requires_grad for t in at_once):
+        return True
+    # The synaptic time constant and the reset act on the next step only.
+    return steps > 1 and any(t.requires_grad for t in (tau_syn_inv, *spiking[1:]))
+
+
 def _is_lif(module: Any) -> bool:
     return isinstance(module, (stock.LIF, stock.LIFCell))
 
@@ -113,20 +126,27 @@ def _is_lif(module: Any) -> bool:
 _plans: weakref.WeakKeyDictionary[Any, tuple[Any, Plan | None, str | None, Any]] = weakref.WeakKeyDictionary()
 
 
-def _plan_of(module: Any, options: Options, shape: torch.Size, x: torch.Tensor,
-             state: Any) -> tuple[Plan | None, str | None]:
-    """The plan of a module, made anew whenever something it depends on changed; or why there is none."""
+def _plan_of(module: Any, options: Options, shape: torch.Size, x: torch.Tensor, state: Any,
+             given: bool) -> tuple[Plan | None, str | None]:
+    """The plan of a module, made anew whenever something it depends on changed; or why there is none.
+
+    Args:
+        given: whether the user gave the state, rather than Norse's default.
+    """
     p = module.p
     tensors = [getattr(p, name) for name in (_LIF_NAMES if _is_lif(module) else _LI_NAMES)]
     if not all(isinstance(t, torch.Tensor) for t in (*tensors, state.v, state.i)):
         return None, "its parameters or states are not all tensors"
     dtype = computing_dtype(x, [state.i])
-    problem = _state_problem(shape, dtype, state)
+    problem = _state_problem(shape, dtype, state) or _dtype_problem(shape, dtype, x, state, tensors, given)
     if problem is not None:
         return None, problem
     method, alpha = getattr(p, "method", ""), getattr(p, "alpha", 0.0)
     watched = [t for t in (*tensors, alpha, module.dt) if isinstance(t, torch.Tensor)]
-    key = (id(options), shape, dtype, method, *((id(t), t._version, t.requires_grad) for t in watched),
+    if any(t.is_inference() for t in watched):
+        return None, "its parameters were made in inference mode"
+    key = (id(options), shape, dtype, method,
+           *((id(t), t._version, t.requires_grad, t.dtype, t.shape) for t in watched),
            *(v for v in (alpha, module.dt) if not isinstance(v, torch.Tensor)))
     known = _plans.get(module)
     if known is None or known[0] != key:
@@ -147,6 +167,20 @@ def _state_problem(shape: torch.Size, dtype: torch.dtype, state: Any) -> str | N
     if not all(_broadcasts(s, shape) for s in state):
         return f"a state of shape {tuple(state.v.shape)} does not broadcast to the input of shape {tuple(shape)}"
     return None
+
+
+def _dtype_problem(shape: torch.Size, dtype: torch.dtype, x: torch.Tensor, state: Any, tensors: list[torch.Tensor],
+                   given: bool) -> str | None:
+    """Why mixed dtypes would round otherwise than in Norse, where each operation has the dtype of its operands."""
+    v, v_leak = state.v, tensors[2]
+    if not shape and any(t.dtype is not dtype for t in (x, *state, *tensors)):
+        return "a step without dimensions mixes dtypes"
+    if v.dtype is dtype and v_leak.dtype is dtype:
+        return None
+    exact = torch.result_type(v_leak, v) is dtype  # the dtype of v_leak - v
+    if exact or (not given and bool((v_leak.double() == v.double()).all())):  # 0 in any dtype
+        return None
+    return f"v of {v.dtype} and v_leak of {v_leak.dtype} would be subtracted in another dtype than {dtype}"
 
 
 def _broadcasts(tensor: torch.Tensor, shape: torch.Size) -> bool:

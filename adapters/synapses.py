@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,13 +11,12 @@ from ..config import Options, config
 from ..kernels import DTYPES
 from ..neuron_tape import NeuronTape
 from ..synapse_tape import run_synapse
-from ..tapes import tag_of
+from ..tapes import TAG, SourceTag, tag_of
 from .fallback import mode_problem, tensor_problem
 
 host_forward = nn.Linear.forward
 # Synapses that were seen to feed a neuron, with the options of that neuron.
 _feeding: weakref.WeakKeyDictionary[nn.Module, Options] = weakref.WeakKeyDictionary()
-SOURCE = "_snn_sparse_source"
 
 
 def linear_forward(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
@@ -30,7 +28,7 @@ def linear_forward(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
     if tag is None and options is None:
         output = host_forward(self, input)
         if type(self) is nn.Linear and output.requires_grad and type(output) is torch.Tensor:
-            setattr(output, SOURCE, weakref.ref(self))
+            setattr(output, TAG, SourceTag(self))
         return output
     owner = tag.tape() if tag is not None else None
     if isinstance(owner, NeuronTape):
@@ -52,8 +50,8 @@ def _eligible(module: nn.Linear, x: torch.Tensor) -> bool:
 
 def learn_source(current: torch.Tensor, options: Options) -> None:
     """Remembers the synapse that made a neuron's input, so that its next calls are recorded."""
-    source: Any = getattr(current, SOURCE, None)
-    module = source() if source is not None else None
+    tag = getattr(current, TAG, None)
+    module = tag.module() if isinstance(tag, SourceTag) else None
     if module is not None:
         _feeding[module] = options
 

@@ -10,7 +10,7 @@ enum SnnReset : int32_t { kSubtract = 0, kZero = 1, kNone = 2 };
 
 constexpr int kMaxStates = 2, kMaxParameters = 5;
 constexpr int kTile = 64;  // columns of a tile: one raster word
-constexpr int kOutOfMemory = -1;  // what any kernel returns when it cannot allocate its working memory
+constexpr int kOutOfMemory = -2;  // what any kernel returns when it cannot allocate its working memory
 
 // A surrogate derivative; zero outside the open interval (low, high) of u - threshold.
 struct SnnSurrogate {

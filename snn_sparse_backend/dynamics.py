@@ -18,6 +18,8 @@ class Dynamics:
         threshold: index of the firing threshold among the parameters.
         reset: enumerator of ``SnnReset``.
         late_reset: snnTorch's ``reset_delay=False``.
+        attached_reset: whether the reset passes gradients on to the spike, so that the gradient at the spike of one
+            step is carried inside the node, like that at its membrane.
         needs_membrane: parameters whose gradient needs the membrane potential of every site and step.
         needs_current: parameters whose gradient needs the synaptic current as well.
     """
@@ -30,6 +32,7 @@ class Dynamics:
     threshold: int = 1
     reset: str = "kSubtract"
     late_reset: bool = False
+    attached_reset: bool = False
     needs_membrane: tuple[int, ...] = ()
     needs_current: tuple[int, ...] = ()
 
@@ -81,6 +84,7 @@ LIF = Dynamics(
     states=("v", "i"),
     parameters=("dt * tau_mem_inv", "-dt * tau_syn_inv", "v_leak", "v_th", "v_reset"),
     threshold=3,
+    attached_reset=True,
     needs_membrane=(0,),
     needs_current=(0, 1),
 )

@@ -194,6 +194,21 @@ def weight_gradient(grad: torch.Tensor, spikes: Columns, *, bias: bool) -> tuple
     return weight, grad_bias
 
 
+@lru_cache(maxsize=None)
+def _onednn_linear() -> Callable[..., torch.Tensor] | None:
+    """torch's oneDNN product, where it beats the default float32 one by far (measured: 2x on AMD with AVX-512)."""
+    wanted = torch.backends.mkldnn.is_available() and load_core().snn_prefers_onednn()
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if wanted else None
+
+
+def dense_product(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``grad @ weight``: ``[rows, outputs]`` times ``[outputs, inputs]``, by torch, under its precision settings."""
+    onednn = _onednn_linear() if grad.dtype is torch.float32 else None
+    if onednn is None:
+        return grad @ weight
+    return onednn(grad, weight.t(), None, "none", [], "")
+
+
 def input_gradient(grad: torch.Tensor, active: Columns, tiles: torch.Tensor) -> torch.Tensor:
     """Gradients of the inputs at the active sites only ``[events]``, in row-major order of the sites."""
     rows, outputs = grad.shape
@@ -280,6 +295,7 @@ class ForwardScan:
     TABLES = ("input", "output", "raster", "reset", "active", "membrane", "current")
 
     def __init__(self, layer: Layer) -> None:
+        self._layer = layer  # owns the parameters that the struct points to
         self.arguments = STRUCTS["SnnNeuronForward"](layer=layer.struct)
         self._address, self._function = ctypes.addressof(self.arguments), _function("neuron_forward")
         self._states = len(layer.dynamics.states)

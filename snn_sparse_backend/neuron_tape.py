@@ -69,6 +69,8 @@ class NeuronTape(Tape):
         plain = [(0, result.output)] if plan.differentiable_output else []
         if result.output is result.finals[0]:  # an integrator's output is its state
             plain, carried[0] = [], (0, result.output)
+        elif plan.dynamics.attached_reset and result.block.shape == self.layer.shape:
+            plain, carried = [], plain + carried
         if not plan.options.fuse_steps:
             plain, carried = plain + carried, []
         tensors = [t for _, t in plain], [t for _, t in carried]

@@ -215,8 +215,7 @@ class SynapseTape(Tape):
         entries = [self.steps[i].entry for i in chosen]
         if not weight:
             return None, grad.sum(0)
-        if len(entries) > 1 and all(e is entries[0] for e in entries):
-            # The same input at every step: its gradients are summed over time first.
+        if self._same_input(chosen):  # its gradients are summed over time first
             grad, entries = grad.view(len(entries), -1, grad.shape[1]).sum(0), entries[:1]
         if all(e.raster is not None for e in entries):
             raster = Raster.concatenate([e.raster for e in entries if e.raster is not None])
@@ -225,7 +224,7 @@ class SynapseTape(Tape):
                 return kernels.weight_gradient(grad, kernels.columns(raster), bias=bias)
         counts["weight_gradient_dense"] += 1
         x = torch.cat([e.values(grad.dtype) for e in entries]) if len(entries) > 1 else entries[0].values(grad.dtype)
-        return grad.t() @ x, grad.sum(0) if bias else None
+        return kernels.dense_product(grad.t(), x), grad.sum(0) if bias else None
 
     def _input_gradient(self, chosen: list[int], grad: torch.Tensor, needs: Sequence[bool],
                         result: list[torch.Tensor | None], task: int) -> None:
@@ -240,7 +239,9 @@ class SynapseTape(Tape):
                 neuron.deliver(Delivery(task, blocks, active=values))
                 return
         counts["input_gradient_dense"] += 1
-        total = grad @ self.weight.detach()
+        if neuron is None and self._same_input(chosen):
+            grad, chosen = grad.view(len(chosen), -1, grad.shape[1]).sum(0), chosen[:1]
+        total = kernels.dense_product(grad, self.weight.detach())
         if neuron is not None:
             neuron.deliver(Delivery(task, blocks, dense=total))
             return
@@ -249,6 +250,10 @@ class SynapseTape(Tape):
             if needs[2 + i]:
                 result[2 + i] = part(total, first, self.steps[i].rows, self.steps[i].shape)
             first += self.steps[i].rows
+
+    def _same_input(self, chosen: list[int]) -> bool:
+        """Whether these steps, more than one, all received the very same tensor."""
+        return len(chosen) > 1 and all(self.steps[i].entry is self.steps[chosen[0]].entry for i in chosen)
 
     def _neuron_before(self, chosen: list[int], needs: Sequence[bool]) -> NeuronTape | None:
         """The neuron tape whose spikes all chosen inputs are, if the gradients may go to it directly."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from .build import load_node
 from .raster import Raster
@@ -65,19 +66,31 @@ class Tape:
         self.inbox = []
 
 
-class SpikeTag:
-    """Rides on a spike tensor that a neuron returned: its raster, and where it came from.
+class Tag:
+    """Rides on a tensor as an attribute. Copies and pickles become None: a copied tensor is an ordinary one."""
 
-    Copies and pickles become None: a copied tensor is an ordinary one.
-    """
+    __slots__ = ()
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+class SourceTag(Tag):
+    """Rides on the output of an ``nn.Linear`` that nobody has recorded yet: the module that made it."""
+
+    __slots__ = ("module",)
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = weakref.ref(module)
+
+
+class SpikeTag(Tag):
+    """Rides on a spike tensor that a neuron returned: its raster, and where it came from."""
 
     __slots__ = ("raster", "tape", "block", "version")
 
     def __init__(self, raster: Raster, tape: Tape, block: int, version: int) -> None:
         self.raster, self.tape, self.block, self.version = raster, weakref.ref(tape), block, version
-
-    def __reduce__(self) -> Any:
-        return type(None), ()
 
 
 def tag_of(tensor: torch.Tensor) -> SpikeTag | None:

@@ -45,6 +45,16 @@ SNN_API const char* snn_instruction_set(int limit) {
   return kNames[chosen];
 }
 
+// Whether this is an AMD processor with AVX-512, for which MKL picks narrower code than oneDNN.
+SNN_API int snn_prefers_onednn() {
+#if SSB_X86
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd") && __builtin_cpu_supports("x86-64-v4");
+#else
+  return 0;
+#endif
+}
+
 #if SSB_X86
 #define SNN_EXPORT(name, Arguments)                                      \
   SNN_API int64_t snn_##name(const Arguments* a) {                       \

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
 #include "../neurons/leaky.h"
 #include "../neurons/li.h"
@@ -67,12 +68,10 @@ template <class T> inline uint64_t pack_lanes(const T* lane, int64_t lanes) {
   for (int64_t k = 0; k < lanes; k++) word |= static_cast<uint64_t>(lane[k] != T(0)) << k;
   return word;
 }
+// Few bits of a raster are set, so setting them one by one beats converting all.
 template <class T> inline void unpack_lanes(uint64_t word, T* lane) {
-  if (word == 0) {
-    std::fill(lane, lane + 64, T(0));
-    return;
-  }
-  for (int k = 0; k < 64; k++) lane[k] = static_cast<T>(word >> k & 1);
+  std::fill(lane, lane + 64, T(0));
+  for_each_bit(word, [&](int k) { lane[k] = T(1); });
 }
 template <class T, class Count> inline void copy_lanes(const T* from, T* to, Count lanes) {
   for (int64_t k = 0; k < lanes; k++) to[k] = from[k];
@@ -80,7 +79,10 @@ template <class T, class Count> inline void copy_lanes(const T* from, T* to, Cou
 
 // ------------------------------------------------------------------------------------------------ forward
 
-template <class N> void forward_unit(const SnnNeuronForward& a, int64_t step, int64_t unit, ParameterLanes<N>& par) {
+// One unit of one step; appends u of its active sites at `values` and returns the end of what it appended.
+template <class N>
+typename N::T* forward_unit(const SnnNeuronForward& a, int64_t step, int64_t unit, ParameterLanes<N>& par,
+                            typename N::T* values) {
   using T = typename N::T;
   const int64_t words = words_of(a.layer.cols), row = unit / words, word = unit % words;
   const int64_t lanes = lanes_of(a.layer.cols, word), base = row * a.layer.cols + 64 * word;
@@ -115,35 +117,36 @@ template <class N> void forward_unit(const SnnNeuronForward& a, int64_t step, in
     if (uint64_t* out = entry(a.raster, step)) out[unit] = pack_lanes(spike, count);
     if (uint64_t* out = entry(a.reset, step)) out[unit] = pack_lanes(reset, count);
     if (uint64_t* out = entry(a.active, step)) {
-      const uint64_t bits = out[unit] = pack_lanes(active, count);
-      T* value = static_cast<T*>(a.scratch) + 64 * unit;
-      for_each_bit(bits, [&](int k) { *value++ = u[k]; });
+      out[unit] = pack_lanes(active, count);
+      for_each_bit(out[unit], [&](int k) { *values++ = u[k]; });
     }
   });
+  return values;
 }
 
 template <class N> int64_t forward(const SnnNeuronForward& a) {
   using T = typename N::T;
   const int64_t units = a.layer.rows * words_of(a.layer.cols);
   const int64_t tasks = (units + kUnitsPerTask - 1) / kUnitsPerTask;
-  T* values = static_cast<T*>(a.values);
+  T *values = static_cast<T*>(a.values), *scratch = static_cast<T*>(a.scratch);
+  std::vector<int64_t> appended(tasks);
   int64_t used = 0;
   for (int64_t step = 0; step < a.steps; step++) {
-    uint64_t* active = entry(a.active, step);
-    if (active && a.values && used + 64 * units > a.values_capacity) return step;
+    const uint64_t *active = entry(a.active, step), *raster = entry(a.raster, step);
+    if (active && values && used + 64 * units > a.values_capacity) return step;
     parallel_for(tasks, a.layer.threads, [&](int64_t task) {
       ParameterLanes<N> par(a.layer);
-      const int64_t end = std::min(units, (task + 1) * kUnitsPerTask);
-      for (int64_t unit = task * kUnitsPerTask; unit < end; unit++) forward_unit<N>(a, step, unit, par);
+      const int64_t first = task * kUnitsPerTask, end = std::min(units, first + kUnitsPerTask);
+      T* value = scratch + 64 * first;
+      for (int64_t unit = first; unit < end; unit++) value = forward_unit<N>(a, step, unit, par, value);
+      appended[task] = value - (scratch + 64 * first);
     });
-    const uint64_t* raster = entry(a.raster, step);
     if (raster && a.spike_counts) a.spike_counts[step] = raster_count({raster, units});
     if (!active) continue;
     const int64_t before = used;
-    for (int64_t unit = 0; unit < units; unit++) {
-      const int count = count_bits(active[unit]);
-      if (a.values) std::memcpy(values + used, static_cast<const T*>(a.scratch) + 64 * unit, count * sizeof(T));
-      used += count;
+    for (int64_t task = 0; task < tasks; task++) {
+      if (values) std::memcpy(values + used, scratch + 64 * kUnitsPerTask * task, appended[task] * sizeof(T));
+      used += appended[task];
     }
     if (a.active_counts) a.active_counts[step] = used - before;
   }
@@ -166,14 +169,15 @@ template <class T> T apply_surrogate(const SnnSurrogate& s, T x, T g) {
   return phi;
 }
 
-// The sites of a unit, lane by lane.
+// The sites of a unit, lane by lane. What the adjoint does not use is not filled in.
 template <class T> struct SiteLanes {
-  T u[64] = {}, current[64] = {}, spike[64], reset[64];
+  T u[64], current[64], spike[64], reset[64];
   SNN_HD Site<T> at(int64_t k) const { return {u[k], current[k], spike[k], reset[k]}; }
 };
 
 // One task of the backward scan: units [first, last), all steps in reverse, the carried gradient in cache.
-template <class N> class BackwardTask {
+// Learn: gradients of parameters are wanted.
+template <class N, bool Learn> class BackwardTask {
   using T = typename N::T;
   using Gradient = Cotangents<T, N::States>;
 
@@ -182,7 +186,6 @@ template <class N> class BackwardTask {
       : a_(a), first_(first), last_(last), words_(words_of(a.layer.cols)), par_(a.layer),
         carry_(64 * (last - first) * N::States) {
     std::fill(carry_.get(), carry_.get() + 64 * (last - first) * N::States, T(0));
-    for (int p = 0; p < N::Count; p++) wants_parameters_ |= a.grad_parameters[p] != nullptr;
   }
 
   // offsets[step]: place of this task's first active site among those of the step
@@ -207,10 +210,17 @@ template <class N> class BackwardTask {
 
   void load_sites(int64_t step, int64_t unit, int64_t lanes, SiteLanes<T>& site) const {
     const uint64_t *raster = entry(a_.raster, step), *reset = entry(a_.reset, step);
-    unpack_lanes(raster ? raster[unit] : 0, site.spike);
-    unpack_lanes(reset ? reset[unit] : 0, site.reset);
-    if (const T* u = entry<T>(a_.membrane, step)) copy_lanes(u + base(unit), site.u, lanes);
-    if (const T* current = entry<T>(a_.current, step)) copy_lanes(current + base(unit), site.current, lanes);
+    if (Learn || N::AdjointUsesSpike) unpack_lanes(raster ? raster[unit] : 0, site.spike);
+    if (Learn || N::AdjointUsesReset) unpack_lanes(reset ? reset[unit] : 0, site.reset);
+    if (const T* u = entry<T>(a_.membrane, step))
+      copy_lanes(u + base(unit), site.u, lanes);
+    else if (Learn)
+      std::fill(site.u, site.u + 64, T(0));
+    if (!Learn || !N::HasCurrent) return;
+    if (const T* current = entry<T>(a_.current, step))
+      copy_lanes(current + base(unit), site.current, lanes);
+    else
+      std::fill(site.current, site.current + 64, T(0));
   }
 
   // The membrane before the step, for parameter gradients.
@@ -260,33 +270,37 @@ template <class N> class BackwardTask {
     par_.load(a_.layer, unit / words_, 64 * word, lanes);
     SiteLanes<T> site;
     load_sites(step, unit, lanes, site);
-    T output[64] = {}, phi[64] = {}, before[64] = {}, input[64];
+    T output[64], phi[64], before[64], input[64];
     const T *dense = entry<T>(a_.grad_output, step), *at_active = entry<T>(a_.grad_active, step);
     const T* outside[N::States];
     for (int i = 0; i < N::States; i++) {
       outside[i] = entry<T>(a_.grad_states[i], step);
       if (outside[i]) outside[i] += base(unit);
     }
-    if (dense) copy_lanes(dense + base(unit), output, lanes);
+    if (dense)
+      copy_lanes(dense + base(unit), output, lanes);
+    else
+      std::fill(output, output + 64, T(0));
     // An output nobody uses sends no gradient at all (not zeros: 0 times an infinite derivative would be NaN).
     const bool wanted = dense || at_active || N::InnerSpikeGradient;
     if (N::Spikes && a_.layer.surrogate.kind != kZeroDerivative && wanted)
       spike_gradient(step, unit, lanes, offset, at_active, outside, site, output, phi);
-    if (wants_parameters_) load_before(step, unit, lanes, before);
+    else
+      std::fill(phi, phi + 64, T(0));
+    if (Learn) load_before(step, unit, lanes, before);
     T* sums[N::Count];
-    for (int p = 0; p < N::Count; p++) {
+    for (int p = 0; Learn && p < N::Count; p++) {
       sums[p] = static_cast<T*>(a_.grad_parameters[p]);
       if (sums[p]) sums[p] += base(unit);
     }
     with_lanes(lanes, [&](auto count) {
       for (int64_t k = 0; k < count; k++) {
         const Gradients<T, N::States, N::Count> r =
-            N::adjoint(par_.at(k), site.at(k), before[k], total(output, k, unit, outside), phi[k]);
+            N::adjoint(par_.at(k), site.at(k), Learn ? before[k] : T(0), total(output, k, unit, outside), phi[k]);
         input[k] = r.input;
         for (int i = 0; i < N::States; i++) carry(unit, i)[k] = r.carry[i];
-        if (wants_parameters_)
-          for (int p = 0; p < N::Count; p++)
-            if (sums[p]) sums[p][k] += r.parameters[p];
+        for (int p = 0; Learn && p < N::Count; p++)
+          if (sums[p]) sums[p][k] += r.parameters[p];
       }
     });
     if (T* out = static_cast<T*>(a_.grad_input))
@@ -297,7 +311,6 @@ template <class N> class BackwardTask {
   const int64_t first_, last_, words_;
   ParameterLanes<N> par_;
   Scratch<T> carry_;
-  bool wants_parameters_ = false;
 };
 
 template <class N> int64_t backward(const SnnNeuronBackward& a) {
@@ -313,9 +326,14 @@ template <class N> int64_t backward(const SnnNeuronBackward& a) {
       count += count_bits(active[unit]);
     }
   }
+  bool learn = false;
+  for (int p = 0; p < N::Count; p++) learn |= a.grad_parameters[p] != nullptr;
   parallel_for(tasks, a.layer.threads, [&](int64_t task) {
-    BackwardTask<N> scan(a, task * kUnitsPerTask, std::min(units, (task + 1) * kUnitsPerTask));
-    scan.run(&offsets[task * a.steps]);
+    const int64_t first = task * kUnitsPerTask, last = std::min(units, first + kUnitsPerTask);
+    if (learn)
+      BackwardTask<N, true>(a, first, last).run(&offsets[task * a.steps]);
+    else
+      BackwardTask<N, false>(a, first, last).run(&offsets[task * a.steps]);
   });
   return a.steps;
 }

@@ -10,6 +10,7 @@ template <class Scalar, int Reset, bool Late> struct Leaky {
   using T = Scalar;
   static constexpr int States = 1, Count = 3;
   static constexpr bool Spikes = true, InnerSpikeGradient = Late && Reset != kNone, HasCurrent = false;
+  static constexpr bool AdjointUsesSpike = InnerSpikeGradient, AdjointUsesReset = InnerSpikeGradient || Reset == kZero;
   struct Parameters {
     T beta, threshold, gamma;  // beta already clamped to [0, 1]; gamma: graded spikes factor
     SNN_HD explicit Parameters(const T* p) : beta(p[0]), threshold(p[1]), gamma(p[2]) {}
@@ -62,8 +63,9 @@ template <class Scalar, int Reset, bool Late> struct Leaky {
     r.carry[0] = p.beta * (kept * a);
     r.parameters[0] = a * (kept * before);
     r.parameters[1] = -phi - (Reset == kSubtract ? s.reset * a + d * carried : T(0));
-    // The late correction divides the output by gamma again: only the outside gradient sees gamma.
-    r.parameters[2] = s.spike * g.output;
+    // The late correction divides the output by gamma again: its two parts cancel, but not if they are NaN.
+    T inner = correction(p, s, carried) / p.gamma;
+    r.parameters[2] = InnerSpikeGradient ? s.spike * (g.output + inner) - inner * s.spike : s.spike * g.output;
     return r;
   }
 };

@@ -9,6 +9,7 @@ template <class Scalar> struct Li {
   using T = Scalar;
   static constexpr int States = 2, Count = 3;
   static constexpr bool Spikes = false, InnerSpikeGradient = false, HasCurrent = true;
+  static constexpr bool AdjointUsesSpike = false, AdjointUsesReset = false;
   struct Parameters {
     T mem, syn, leak;  // mem = dt tau_mem_inv, syn = -dt tau_syn_inv
     static constexpr T threshold = 0;

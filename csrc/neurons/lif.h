@@ -9,6 +9,7 @@ template <class Scalar> struct Lif {
   using T = Scalar;
   static constexpr int States = 2, Count = 5;
   static constexpr bool Spikes = true, InnerSpikeGradient = true, HasCurrent = true;
+  static constexpr bool AdjointUsesSpike = true, AdjointUsesReset = false;
   struct Parameters {
     T mem, syn, leak, threshold, reset;  // mem = dt tau_mem_inv, syn = -dt tau_syn_inv
     SNN_HD explicit Parameters(const T* p) : mem(p[0]), syn(p[1]), leak(p[2]), threshold(p[3]), reset(p[4]) {}

@@ -4,6 +4,7 @@
 //   States                 how many state variables are carried from step to step (the first is the membrane)
 //   Spikes                 has a threshold comparison
 //   InnerSpikeGradient     the neuron's own dynamics send a gradient to the spike decision (reset not detached)
+//   AdjointUsesSpike/Reset whether the adjoint, parameter gradients aside, depends on who spiked, who was reset
 //   Parameters             the parameter values at this site, in the order of dynamics.py
 //   step()                 one time step, in the host library's own order of operations
 //   upstream()             gradient that arrives at the spike function: outside and inner parts

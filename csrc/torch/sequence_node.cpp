@@ -35,12 +35,20 @@ using Tensors = std::vector<at::Tensor>;
 // Nodes are owned by std::shared_ptr up to torch 2.12 and by c10::intrusive_ptr from 2.13 on.
 using NodePtr = decltype(Edge::function);
 
+// Node::release_resources(), what ends with the last owner, came with the intrusive pointers.
+template <class N> auto release_resources_of(N& node, int) -> decltype(node.N::release_resources()) {
+  node.N::release_resources();
+}
+template <class N> void release_resources_of(N&, long) {}
+
 template <class Pointer> struct Ownership;
 template <class T> struct Ownership<std::shared_ptr<T>> {
   using Weak = std::weak_ptr<T>;
   template <class N, class... Args> static std::shared_ptr<T> make(Args&&... args) {
-    // deleteNode unrolls the recursion that would overflow the stack at the end of a long chain.
-    return std::shared_ptr<T>(new N(std::forward<Args>(args)...), [](T* node) { deleteNode(node); });
+    return std::shared_ptr<T>(new N(std::forward<Args>(args)...), [](T* node) {
+      release_resources_of(static_cast<N&>(*node), 0);
+      deleteNode(node);  // unrolls the recursion that would overflow the stack at the end of a long chain
+    });
   }
 };
 template <class T> struct Ownership<c10::intrusive_ptr<T>> {
@@ -50,12 +58,6 @@ template <class T> struct Ownership<c10::intrusive_ptr<T>> {
   }
 };
 using Owner = Ownership<NodePtr>;
-
-// Node::release_resources() came with the intrusive pointers.
-template <class N> auto release_base(N& node, int) -> decltype(node.N::release_resources()) {
-  node.N::release_resources();
-}
-template <class N> void release_base(N&, long) {}
 
 // ---- Python ---------------------------------------------------------------------------------------------------------
 struct Gil {
@@ -153,7 +155,7 @@ struct TapeOwner : Node {
   // An override from torch 2.13 on: a weak handle keeps the node's memory, but must not keep the tape.
   void release_resources() {
     drop_tape(/*announce=*/false);
-    release_base<Node>(*this, 0);
+    release_resources_of<Node>(*this, 0);
   }
 
   // announce: call the tape's release(), so that the recorded data go even if somebody else holds the tape.
