@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import snntorch as snn
@@ -64,6 +64,9 @@ def leaky_forward(self: Any, input_: torch.Tensor, mem: torch.Tensor | None = No
     synapses.learn_source(input_, options)
     result = run_neuron(plan, input_, [state])
     spk, new = result.output, result.finals[0]
+    if not options.fuse_steps and not plan.dynamics.late_reset:
+        # Who asks for the gradient at the membrane wants the part through its spikes too: they get a node of their own.
+        spk = run_neuron(_firing(plan), new, [torch.zeros_like(new)]).output
     self._buffers["mem"] = new
     if self.output or not self.init_hidden:
         return spk, new
@@ -104,15 +107,17 @@ _plans: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
 def _plan_of(module: Any, options: Options, x: torch.Tensor) -> tuple[Plan | None, str | None]:
     """The plan of a module, made anew whenever something it depends on changed; or why there is none."""
     own, buffers, parameters = module.__dict__, module._buffers, module._parameters
-    names = ("beta", "threshold", "graded_spikes_factor")
-    tensors = [parameters[n] if n in parameters else buffers.get(n) for n in names]
+    beta, threshold, factor = tensors = [
+        parameters[n] if n in parameters else buffers.get(n) for n in ("beta", "threshold", "graded_spikes_factor")
+    ]
     reset_value = buffers.get("reset_mechanism_val")
-    if reset_value is None or any(t is None for t in tensors):
+    if reset_value is None or beta is None or threshold is None or factor is None:
         return None, "one of its parameters is not an ordinary parameter or buffer"
     spike_grad = own.get("spike_grad")
     key = (
-        id(options), x.dtype, x.shape[1:], len(x.shape), *((id(t), t._version, t.requires_grad) for t in tensors),
-        id(spike_grad), constants(spike_grad), id(own["state_function"]), own["reset_delay"],
+        id(options), x.dtype, x.shape, id(beta), beta._version, beta.requires_grad, id(threshold), threshold._version,
+        threshold.requires_grad, id(factor), factor._version, factor.requires_grad, id(spike_grad),
+        constants(spike_grad), id(own["state_function"]), own["reset_delay"],
         id(reset_value), reset_value._version, own["inhibition"], bool(own["state_quant"]),
     )
     known = _plans.get(module)
@@ -173,6 +178,12 @@ def _make_plan(module: Any, options: Options, tensors: list[torch.Tensor]) -> Pl
         derive=lambda: (beta.clamp(0, 1), threshold, factor),
         unit_spikes=not factor.requires_grad and bool((factor == 1).all()),
     )
+
+
+def _firing(plan: Plan) -> Plan:
+    """Spikes as a function of the membrane alone: a neuron without a past, whose input it is."""
+    _, threshold, factor = plan.parameters
+    return replace(plan, dynamics=leaky("none", False), derive=lambda: (torch.zeros(()), threshold, factor))
 
 
 # ---------------------------------------------------------------------------------------------------- switching

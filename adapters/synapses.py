@@ -24,28 +24,27 @@ def linear_forward(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
     if torch.compiler.is_compiling() or config.suspended:
         return host_forward(self, input)
     tag = tag_of(input) if type(input) is torch.Tensor else None
-    options = _feeding.get(self)
-    if tag is None and options is None:
+    owner = tag.tape() if tag is not None else None
+    options = owner.plan.options if isinstance(owner, NeuronTape) else _feeding.get(self)
+    if options is None:
         output = host_forward(self, input)
         if type(self) is nn.Linear and output.requires_grad and type(output) is torch.Tensor:
             setattr(output, TAG, SourceTag(self))
         return output
-    owner = tag.tape() if tag is not None else None
-    if isinstance(owner, NeuronTape):
-        options = owner.plan.options
-    if options is None or not _eligible(self, input):
+    if not _eligible(self, input):
         return host_forward(self, input)
     return run_synapse(self, options, lambda: host_forward(self, input), input, tag)
 
 
 def _eligible(module: nn.Linear, x: torch.Tensor) -> bool:
-    weight, bias = module.weight, module.bias
-    if type(module) is not nn.Linear or not torch.is_grad_enabled() or not (weight.requires_grad or x.requires_grad):
+    if type(module) is not nn.Linear or not torch.is_grad_enabled():
         return False
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1] or not x.numel() or not weight.numel():
+    weight, bias, dtype, shape = module.weight, module.bias, x.dtype, x.shape
+    if not (weight.requires_grad or x.requires_grad) or not shape or shape[-1] != weight.shape[1]:
         return False
-    same = x.dtype in DTYPES and weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
-    return same and tensor_problem(x, weight) is None and mode_problem() is None
+    if dtype not in DTYPES or weight.dtype is not dtype or (bias is not None and bias.dtype is not dtype):
+        return False
+    return bool(x.numel() and weight.numel()) and tensor_problem(x, weight) is None and mode_problem() is None
 
 
 def learn_source(current: torch.Tensor, options: Options) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from norse.torch.functional.lif import LIFFeedForwardState, LIFParameters, lif_feed_forward_step
@@ -11,7 +11,7 @@ from norse.torch.functional.threshold import threshold
 from ..surrogate import NO_GRADIENT, Surrogate
 
 
-@lru_cache(maxsize=None)
+@cache
 def input_drives_membrane_at_once() -> bool:
     """Whether the feed-forward LIF step adds its input before it updates the membrane (1.1.0) or after (1.0.0)."""
     zero = torch.zeros(1)
@@ -19,7 +19,7 @@ def input_drives_membrane_at_once() -> bool:
     return bool(state.v.item() > 0)
 
 
-@lru_cache(maxsize=None)
+@cache
 def superspike_uses_alpha() -> bool:
     """Whether ``super`` is 1 / (alpha |x| + 1)^2 or, as in 1.1.0, ignores alpha."""
     x = torch.ones(1, requires_grad=True)

@@ -33,9 +33,11 @@ _APPLIES = {_ORIGINALS["StraightThroughEstimator"]: Surrogate("StraightThrough")
 
 def constants(spike_grad: Any) -> tuple[float, ...] | None:
     """The constants inside a surrogate closure as they are now (its cells are mutable); None if not all numbers."""
-    values = tuple(cell.cell_contents for cell in getattr(spike_grad, "__closure__", None) or ())
-    numbers = all(isinstance(v, (int, float)) for v in values)
-    return values if numbers else None
+    values = tuple([cell.cell_contents for cell in getattr(spike_grad, "__closure__", None) or ()])
+    for value in values:
+        if not isinstance(value, (int, float)):
+            return None
+    return values
 
 
 def surrogate_of(spike_grad: Any) -> Surrogate | None:

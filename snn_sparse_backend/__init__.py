@@ -27,5 +27,5 @@ try:
 except _PackageNotFoundError:  # used from a checkout that is not installed
     __version__ = "0+checkout"
 
-__all__ = ["BuildError", "Options", "Report", "SparseFallbackWarning", "check", "config", "counts", "disable", "enable", "enabled",
-           "reset_counts"]
+__all__ = ["BuildError", "Options", "Report", "SparseFallbackWarning", "check", "config", "counts", "disable", "enable",
+           "enabled", "reset_counts"]

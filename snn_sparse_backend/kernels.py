@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ BLOCK_ROWS = 1024
 SITES_PER_THREAD = 16384
 
 
-@lru_cache(maxsize=None)
+@cache
 def _function(name: str) -> Callable[[Any], int]:
     """A kernel by name; the library is compiled on the first call of any of them."""
     function = getattr(load_core(), f"snn_{name}")
@@ -194,7 +194,7 @@ def weight_gradient(grad: torch.Tensor, spikes: Columns, *, bias: bool) -> tuple
     return weight, grad_bias
 
 
-@lru_cache(maxsize=None)
+@cache
 def _onednn_linear() -> Callable[..., torch.Tensor] | None:
     """torch's oneDNN product, where it beats the default float32 one by far (measured: 2x on AMD with AVX-512)."""
     wanted = torch.backends.mkldnn.is_available() and load_core().snn_prefers_onednn()

@@ -12,6 +12,7 @@ Each storage counts once and whole. Parameters never count, and neither does wha
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -105,20 +106,32 @@ def tapes_of(outputs: Iterable[Tensor]) -> list[Tape]:
 
 
 def host_saved_bytes(forward: Callable[[], Any], exclude: Iterable[Tensor] = ()) -> int:
-    """Bytes that plain autograd saves for backward while ``forward`` runs once.
+    """Bytes that plain autograd keeps for backward once ``forward`` has run and its result is alive.
 
     Not for the sparse backend: it hands over to the host library while saved-tensor hooks are active.
     """
-    tally = _Tally(exclude)
+    saved: list[weakref.ref[_Saved]] = []
 
-    def pack(tensor: Tensor) -> Tensor:
-        tally.add("saved", tensor)
-        return tensor
+    def pack(tensor: Tensor) -> _Saved:
+        box = _Saved(tensor)
+        saved.append(weakref.ref(box))
+        return box
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
         result = forward()
+    tally = _Tally(exclude)
+    for box in [reference() for reference in saved]:
+        if box is not None:  # else the part of the graph it belonged to is gone already
+            tally.add("saved", box.tensor)
     del result
     return sum(tally.bytes.values())
+
+
+class _Saved:
+    """A saved tensor, for as long as its autograd node lives."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 def _walk(outputs: Iterable[Tensor]) -> tuple[list[Tape], list[Any]]:
@@ -162,9 +175,6 @@ def _walk(outputs: Iterable[Tensor]) -> tuple[list[Tape], list[Any]]:
             for position, source in _sources(tape):
                 if edges[position] is not None and edges[position].name().startswith(_SEQUENCES):
                     tapes.setdefault(edges[position], source)
-            for step in tape.steps if isinstance(tape, SynapseTape) else ():
-                if step.input is not None:
-                    learn(step.input)
         waiting += [f for f in edges if f is not None]
     return found, ordinary
 

@@ -297,6 +297,6 @@ def computing_dtype(x: torch.Tensor, states: Sequence[torch.Tensor]) -> torch.dt
     """The dtype in which a step computes: that of the input and of the states that are not scalars."""
     dtype = x.dtype
     for state in states:
-        if state.dim():
+        if state.dtype is not dtype and state.dim():
             dtype = torch.promote_types(dtype, state.dtype)
     return dtype

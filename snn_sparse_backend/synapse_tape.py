@@ -61,7 +61,7 @@ def _check_version(tensor: torch.Tensor, version: int) -> None:
     if tensor._version != version:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace operation: "
-            f"a tensor of shape {list(tensor.shape)} is at version {tensor._version}; expected version {version} instead"
+            f"a tensor of shape {list(tensor.shape)} is at version {tensor._version}, expected version {version}"
         )
 
 

@@ -19,6 +19,32 @@ namespace {
 
 constexpr int64_t kUnitsPerTask = 64;
 
+// 64 neurons (or the rest) of one batch row: one raster word. Walked by next(), as divisions would cost too much.
+struct Unit {
+  int64_t index, row, word, lanes, base;  // base: offset of the first site
+
+  Unit(const SnnLayer& layer, int64_t index) : index(index), words_(words_of(layer.cols)), cols_(layer.cols) {
+    row = index / words_;
+    word = index % words_;
+    locate();
+  }
+  void next() {
+    index++;
+    if (++word == words_) {
+      word = 0;
+      row++;
+    }
+    locate();
+  }
+
+ private:
+  void locate() {
+    lanes = lanes_of(cols_, word);
+    base = row * cols_ + 64 * word;
+  }
+  int64_t words_, cols_;
+};
+
 // Parameter values of the 64 lanes of a unit; reloaded only when some parameter is not a scalar.
 template <class N> struct ParameterLanes {
   using T = typename N::T;
@@ -31,12 +57,12 @@ template <class N> struct ParameterLanes {
       std::fill(lane[p], lane[p] + 64, *static_cast<const T*>(layer.parameters[p].data));
     }
   }
-  void load(const SnnLayer& layer, int64_t row, int64_t col, int64_t lanes) {
+  void load(const SnnLayer& layer, const Unit& unit) {
     if (scalar) return;
     for (int p = 0; p < N::Count; p++) {
       const SnnParameter& q = layer.parameters[p];
-      const T* data = static_cast<const T*>(q.data) + row * q.row_stride + col * q.col_stride;
-      for (int64_t k = 0; k < lanes; k++) lane[p][k] = data[k * q.col_stride];
+      const T* data = static_cast<const T*>(q.data) + unit.row * q.row_stride + 64 * unit.word * q.col_stride;
+      for (int64_t k = 0; k < unit.lanes; k++) lane[p][k] = data[k * q.col_stride];
     }
   }
   SNN_HD typename N::Parameters at(int64_t k) const {
@@ -81,14 +107,13 @@ template <class T, class Count> inline void copy_lanes(const T* from, T* to, Cou
 
 // One unit of one step; appends u of its active sites at `values` and returns the end of what it appended.
 template <class N>
-typename N::T* forward_unit(const SnnNeuronForward& a, int64_t step, int64_t unit, ParameterLanes<N>& par,
+typename N::T* forward_unit(const SnnNeuronForward& a, int64_t step, const Unit& unit, ParameterLanes<N>& par,
                             typename N::T* values) {
   using T = typename N::T;
-  const int64_t words = words_of(a.layer.cols), row = unit / words, word = unit % words;
-  const int64_t lanes = lanes_of(a.layer.cols, word), base = row * a.layer.cols + 64 * word;
+  const int64_t lanes = unit.lanes, base = unit.base;
   const T* x = static_cast<const T*>(a.input[step]) + base;
   const T low = bound<T>(a.layer.surrogate.low), high = bound<T>(a.layer.surrogate.high);
-  par.load(a.layer, row, 64 * word, lanes);
+  par.load(a.layer, unit);
   T state[N::States][64], output[64], u[64], current[64], spike[64], reset[64], active[64];
   for (int i = 0; i < N::States; i++)
     copy_lanes(static_cast<const T*>(step ? a.state_out[i] : a.state_in[i]) + base, state[i], lanes);
@@ -114,11 +139,11 @@ typename N::T* forward_unit(const SnnNeuronForward& a, int64_t step, int64_t uni
     if (T* out = entry<T>(a.membrane, step)) copy_lanes(u, out + base, count);
     if (N::HasCurrent)
       if (T* out = entry<T>(a.current, step)) copy_lanes(current, out + base, count);
-    if (uint64_t* out = entry(a.raster, step)) out[unit] = pack_lanes(spike, count);
-    if (uint64_t* out = entry(a.reset, step)) out[unit] = pack_lanes(reset, count);
+    if (uint64_t* out = entry(a.raster, step)) out[unit.index] = pack_lanes(spike, count);
+    if (uint64_t* out = entry(a.reset, step)) out[unit.index] = pack_lanes(reset, count);
     if (uint64_t* out = entry(a.active, step)) {
-      out[unit] = pack_lanes(active, count);
-      for_each_bit(out[unit], [&](int k) { *values++ = u[k]; });
+      out[unit.index] = pack_lanes(active, count);
+      for_each_bit(out[unit.index], [&](int k) { *values++ = u[k]; });
     }
   });
   return values;
@@ -138,7 +163,8 @@ template <class N> int64_t forward(const SnnNeuronForward& a) {
       ParameterLanes<N> par(a.layer);
       const int64_t first = task * kUnitsPerTask, end = std::min(units, first + kUnitsPerTask);
       T* value = scratch + 64 * first;
-      for (int64_t unit = first; unit < end; unit++) value = forward_unit<N>(a, step, unit, par, value);
+      for (Unit unit(a.layer, first); unit.index < end; unit.next())
+        value = forward_unit<N>(a, step, unit, par, value);
       appended[task] = value - (scratch + 64 * first);
     });
     if (raster && a.spike_counts) a.spike_counts[step] = raster_count({raster, units});
@@ -163,12 +189,6 @@ template <class T> void apply_surrogate(const SnnSurrogate& s, const T* x, const
     });
   });
 }
-template <class T> T apply_surrogate(const SnnSurrogate& s, T x, T g) {
-  T phi;
-  apply_surrogate(s, &x, &g, &phi, 1);
-  return phi;
-}
-
 // The sites of a unit, lane by lane. What the adjoint does not use is not filled in.
 template <class T> struct SiteLanes {
   T u[64], current[64], spike[64], reset[64];
@@ -183,8 +203,7 @@ template <class N, bool Learn> class BackwardTask {
 
  public:
   BackwardTask(const SnnNeuronBackward& a, int64_t first, int64_t last)
-      : a_(a), first_(first), last_(last), words_(words_of(a.layer.cols)), par_(a.layer),
-        carry_(64 * (last - first) * N::States) {
+      : a_(a), first_(first), last_(last), par_(a.layer), carry_(64 * (last - first) * N::States) {
     std::fill(carry_.get(), carry_.get() + 64 * (last - first) * N::States, T(0));
   }
 
@@ -193,45 +212,44 @@ template <class N, bool Learn> class BackwardTask {
     for (int64_t step = a_.steps - 1; step >= 0; step--) {
       int64_t offset = offsets[step];
       const uint64_t* active = entry(a_.active, step);
-      for (int64_t unit = first_; unit < last_; unit++) {
+      for (Unit unit(a_.layer, first_); unit.index < last_; unit.next()) {
         backward_unit(step, unit, offset);
-        if (active) offset += count_bits(active[unit]);
+        if (active) offset += count_bits(active[unit.index]);
       }
     }
     for (int i = 0; i < N::States; i++)
       if (T* out = static_cast<T*>(a_.grad_state_in[i]))
-        for (int64_t unit = first_; unit < last_; unit++)
-          copy_lanes(carry(unit, i), out + base(unit), lanes_of(a_.layer.cols, unit % words_));
+        for (Unit unit(a_.layer, first_); unit.index < last_; unit.next())
+          copy_lanes(carry(unit, i), out + unit.base, unit.lanes);
   }
 
  private:
-  T* carry(int64_t unit, int state) { return carry_.get() + 64 * ((unit - first_) * N::States + state); }
-  int64_t base(int64_t unit) const { return unit / words_ * a_.layer.cols + 64 * (unit % words_); }
+  T* carry(const Unit& unit, int state) { return carry_.get() + 64 * ((unit.index - first_) * N::States + state); }
 
-  void load_sites(int64_t step, int64_t unit, int64_t lanes, SiteLanes<T>& site) const {
+  void load_sites(int64_t step, const Unit& unit, SiteLanes<T>& site) const {
     const uint64_t *raster = entry(a_.raster, step), *reset = entry(a_.reset, step);
-    if (Learn || N::AdjointUsesSpike) unpack_lanes(raster ? raster[unit] : 0, site.spike);
-    if (Learn || N::AdjointUsesReset) unpack_lanes(reset ? reset[unit] : 0, site.reset);
+    if (Learn || N::AdjointUsesSpike) unpack_lanes(raster ? raster[unit.index] : 0, site.spike);
+    if (Learn || N::AdjointUsesReset) unpack_lanes(reset ? reset[unit.index] : 0, site.reset);
     if (const T* u = entry<T>(a_.membrane, step))
-      copy_lanes(u + base(unit), site.u, lanes);
+      copy_lanes(u + unit.base, site.u, unit.lanes);
     else if (Learn)
       std::fill(site.u, site.u + 64, T(0));
     if (!Learn || !N::HasCurrent) return;
     if (const T* current = entry<T>(a_.current, step))
-      copy_lanes(current + base(unit), site.current, lanes);
+      copy_lanes(current + unit.base, site.current, unit.lanes);
     else
       std::fill(site.current, site.current + 64, T(0));
   }
 
   // The membrane before the step, for parameter gradients.
-  void load_before(int64_t step, int64_t unit, int64_t lanes, T* before) const {
-    if (step == 0) return copy_lanes(static_cast<const T*>(a_.state_in[0]) + base(unit), before, lanes);
+  void load_before(int64_t step, const Unit& unit, T* before) const {
+    if (step == 0) return copy_lanes(static_cast<const T*>(a_.state_in[0]) + unit.base, before, unit.lanes);
     SiteLanes<T> site;
-    load_sites(step - 1, unit, lanes, site);
-    for (int64_t k = 0; k < lanes; k++) before[k] = N::left(par_.at(k), site.at(k));
+    load_sites(step - 1, unit, site);
+    for (int64_t k = 0; k < unit.lanes; k++) before[k] = N::left(par_.at(k), site.at(k));
   }
 
-  SNN_HD Gradient total(const T* output, int64_t k, int64_t unit, const T* const* outside) {
+  SNN_HD Gradient total(const T* output, int64_t k, const Unit& unit, const T* const* outside) {
     Gradient g;
     g.output = output[k];
     for (int i = 0; i < N::States; i++) g.state[i] = carry(unit, i)[k] + (outside[i] ? outside[i][k] : T(0));
@@ -239,59 +257,63 @@ template <class N, bool Learn> class BackwardTask {
   }
 
   // phi = surrogate derivative times the gradient that arrives at the spike decision
-  void spike_gradient(int64_t step, int64_t unit, int64_t lanes, int64_t offset, const T* at_active,
+  void spike_gradient(int64_t step, const Unit& unit, int64_t offset, const T* at_active,
                       const T* const* outside, SiteLanes<T>& site, T* output, T* phi) {
     const uint64_t* active = entry(a_.active, step);
     if (at_active)
-      for_each_bit(active[unit], [&, value = at_active + offset](int k) mutable { output[k] += *value++; });
+      for_each_bit(active[unit.index], [&, value = at_active + offset](int k) mutable { output[k] += *value++; });
     if (entry<T>(a_.membrane, step)) {
       T x[64], upstream[64];
-      with_lanes(lanes, [&](auto count) {
+      with_lanes(unit.lanes, [&](auto count) {
         for (int64_t k = 0; k < count; k++) {
           const typename N::Parameters p = par_.at(k);
           x[k] = site.u[k] - p.threshold;
           upstream[k] = N::upstream(p, site.at(k), total(output, k, unit, outside));
         }
       });
-      return apply_surrogate(a_.layer.surrogate, x, upstream, phi, lanes);
+      return apply_surrogate(a_.layer.surrogate, x, upstream, phi, unit.lanes);
     }
     const T* value = static_cast<const T*>(a_.values[step]) + offset;
-    std::fill(phi, phi + 64, T(0));
-    for_each_bit(active[unit], [&](int k) {
+    T x[64], upstream[64], packed[64];
+    int64_t count = 0;
+    for_each_bit(active[unit.index], [&](int k) {
       const typename N::Parameters p = par_.at(k);
-      site.u[k] = *value++;
-      phi[k] = apply_surrogate(a_.layer.surrogate, site.u[k] - p.threshold,
-                               N::upstream(p, site.at(k), total(output, k, unit, outside)));
+      site.u[k] = value[count];
+      x[count] = site.u[k] - p.threshold;
+      upstream[count++] = N::upstream(p, site.at(k), total(output, k, unit, outside));
     });
+    apply_surrogate(a_.layer.surrogate, x, upstream, packed, count);
+    std::fill(phi, phi + 64, T(0));
+    for_each_bit(active[unit.index], [&, next = packed](int k) mutable { phi[k] = *next++; });
   }
 
-  void backward_unit(int64_t step, int64_t unit, int64_t offset) {
-    const int64_t word = unit % words_, lanes = lanes_of(a_.layer.cols, word);
-    par_.load(a_.layer, unit / words_, 64 * word, lanes);
+  void backward_unit(int64_t step, const Unit& unit, int64_t offset) {
+    const int64_t lanes = unit.lanes;
+    par_.load(a_.layer, unit);
     SiteLanes<T> site;
-    load_sites(step, unit, lanes, site);
+    load_sites(step, unit, site);
     T output[64], phi[64], before[64], input[64];
     const T *dense = entry<T>(a_.grad_output, step), *at_active = entry<T>(a_.grad_active, step);
     const T* outside[N::States];
     for (int i = 0; i < N::States; i++) {
       outside[i] = entry<T>(a_.grad_states[i], step);
-      if (outside[i]) outside[i] += base(unit);
+      if (outside[i]) outside[i] += unit.base;
     }
     if (dense)
-      copy_lanes(dense + base(unit), output, lanes);
+      copy_lanes(dense + unit.base, output, lanes);
     else
       std::fill(output, output + 64, T(0));
     // An output nobody uses sends no gradient at all (not zeros: 0 times an infinite derivative would be NaN).
     const bool wanted = dense || at_active || N::InnerSpikeGradient;
     if (N::Spikes && a_.layer.surrogate.kind != kZeroDerivative && wanted)
-      spike_gradient(step, unit, lanes, offset, at_active, outside, site, output, phi);
+      spike_gradient(step, unit, offset, at_active, outside, site, output, phi);
     else
       std::fill(phi, phi + 64, T(0));
-    if (Learn) load_before(step, unit, lanes, before);
+    if (Learn) load_before(step, unit, before);
     T* sums[N::Count];
     for (int p = 0; Learn && p < N::Count; p++) {
       sums[p] = static_cast<T*>(a_.grad_parameters[p]);
-      if (sums[p]) sums[p] += base(unit);
+      if (sums[p]) sums[p] += unit.base;
     }
     with_lanes(lanes, [&](auto count) {
       for (int64_t k = 0; k < count; k++) {
@@ -304,11 +326,11 @@ template <class N, bool Learn> class BackwardTask {
       }
     });
     if (T* out = static_cast<T*>(a_.grad_input))
-      copy_lanes(input, out + step * a_.layer.rows * a_.layer.cols + base(unit), lanes);
+      copy_lanes(input, out + step * a_.layer.rows * a_.layer.cols + unit.base, lanes);
   }
 
   const SnnNeuronBackward& a_;
-  const int64_t first_, last_, words_;
+  const int64_t first_, last_;
   ParameterLanes<N> par_;
   Scratch<T> carry_;
 };
