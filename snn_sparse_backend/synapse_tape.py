@@ -79,6 +79,7 @@ class SynapseTape(Tape):
         self.module, self.options = weakref.ref(module), options
         self.owner = weakref.ref(owner) if owner is not None else None
         self.sink: weakref.ref[NeuronTape] | None = None  # the neuron sequence that consumes the currents
+        self.claimed = -1  # the last step whose current a neuron consumed
         self.weight, self.bias = module.weight, module.bias
         self.versions = self._versions()
         self.steps: list[Step] = []
@@ -91,7 +92,13 @@ class SynapseTape(Tape):
         return self.weight._version, self.bias._version if self.bias is not None else 0
 
     def continues(self, module: nn.Linear, options: Options) -> bool:
-        """Whether the next call of this module may be recorded here."""
+        """Whether the next call of this module may be recorded here.
+
+        Currents that no neuron consumed may belong to losses of their own, each differentiated separately: they get
+        nodes of their own, unless the spikes they come from tie them together anyway.
+        """
+        if self.owner is None and self.claimed != len(self.steps) - 1:
+            return False
         return (
             not self.released and options.fuse_steps and self.options is options and self.module() is module
             and self.weight is module.weight and self.bias is module.bias and self.versions == self._versions()
@@ -281,7 +288,7 @@ def run_synapse(module: nn.Linear, options: Options, host: Any, x: torch.Tensor,
         x: input ``[..., inputs]``.
         tag: tag of ``x`` if it is a neuron's spikes.
     """
-    owner = tag.tape() if tag is not None else None
+    owner = tag.tape() if tag is not None and x.requires_grad else None
     open_tapes: Any = owner.synapses if owner is not None else _unowned
     key: Any = id(module) if owner is not None else module
     reference = open_tapes.get(key)
@@ -320,4 +327,5 @@ def claim_current(x: torch.Tensor, neuron: NeuronTape) -> tuple[weakref.ref[Syna
             if moved is None:
                 return None
             moved.sink, tape, index = weakref.ref(neuron), moved, 0
+        tape.claimed = index
     return weakref.ref(tape), index
