@@ -184,6 +184,8 @@ def _dtype_problem(shape: torch.Size, dtype: torch.dtype, x: torch.Tensor, state
 
 
 def _broadcasts(tensor: torch.Tensor, shape: torch.Size) -> bool:
+    if not tensor.dim() or tensor.shape == shape:
+        return True
     try:
         return torch.broadcast_shapes(tensor.shape, shape) == shape
     except RuntimeError:
@@ -212,7 +214,7 @@ def _make_plan(module: Any, options: Options, tensors: list[torch.Tensor], metho
 
     if not _is_lif(module):
         return Plan(LI_DYNAMICS, NO_GRADIENT, options, tuple(tensors), derive)
-    surrogate = surrogate_of(method, float(alpha))
+    surrogate = surrogate_of(method, float(torch.as_tensor(alpha).detach()))
     if surrogate is None:  # Norse raises its own error
         return None
     return Plan(LIF_DYNAMICS, surrogate.within(options.cutoff), options, tuple(tensors), derive,

@@ -14,10 +14,7 @@ from .kernels import Layer, neuron_backward, pointer_table, step_pointers
 from .raster import Raster
 from .recorder import Block, Plan, Recorder, Result
 from .synapse_tape import SynapseTape, claim_current
-from .tapes import TAG, Delivery, SpikeTag, Tape, part
-
-# Room for inputs that lie deeper in the graph than those of the first step (a dropout that starts late, say).
-TOPOLOGICAL_SLACK = 16
+from .tapes import TAG, TOPOLOGICAL_SLACK, Delivery, SpikeTag, Tape, part
 
 
 class NeuronTape(Tape):

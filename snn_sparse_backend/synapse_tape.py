@@ -15,7 +15,7 @@ from .build import load_node
 from .config import Options
 from .counters import counts
 from .raster import Raster
-from .tapes import Delivery, SpikeTag, Tape, part
+from .tapes import TOPOLOGICAL_SLACK, Delivery, SpikeTag, Tape, part
 
 if TYPE_CHECKING:
     from .neuron_tape import NeuronTape
@@ -155,7 +155,8 @@ class SynapseTape(Tape):
         node = load_node()
         if self.handle is None:
             self.handle = node.create(self, [self.weight, self.bias, step.input], [current],
-                                      name="SparseSynapseBackward", repoint=current.requires_grad)
+                                      name="SparseSynapseBackward", slack=TOPOLOGICAL_SLACK,
+                                      repoint=current.requires_grad)
             counts["synapse_nodes"] += 1
         elif not node.extend(self.handle, [step.input], [current]):
             return False
@@ -323,7 +324,8 @@ def claim_current(x: torch.Tensor, neuron: NeuronTape) -> tuple[weakref.ref[Syna
         if tape.sink is None:
             tape.sink = weakref.ref(neuron)
         elif tape.sink() is not neuron:
-            moved = tape.move(index, x)
+            watched = bool(x._backward_hooks) or x.retains_grad  # then its history cannot be replaced
+            moved = None if watched else tape.move(index, x)
             if moved is None:
                 return None
             moved.sink, tape, index = weakref.ref(neuron), moved, 0

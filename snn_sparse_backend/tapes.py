@@ -19,6 +19,8 @@ from .build import load_node
 from .raster import Raster
 
 TAG = "_snn_sparse"
+# Room for inputs that lie deeper in the graph than those of the first step (a dropout that starts late, say).
+TOPOLOGICAL_SLACK = 16
 
 
 @dataclass

@@ -12,11 +12,22 @@ namespace {
 enum Isa { kBase, kV3, kV4 };
 constexpr const char* kNames[] = {"baseline", "x86-64-v3 (AVX2)", "x86-64-v4 (AVX-512)"};
 
+#if SSB_X86
+// What tells the processors of x86-64-v3 and v4; older compilers cannot ask for the levels by name.
+bool is_v3() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+         __builtin_cpu_supports("fma");
+}
+bool is_v4() {
+  return is_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 Isa widest() {
 #if SSB_X86
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return kV4;
-  if (__builtin_cpu_supports("x86-64-v3")) return kV3;
+  if (is_v3()) return is_v4() ? kV4 : kV3;
 #endif
   return kBase;
 }
@@ -48,8 +59,7 @@ SNN_API const char* snn_instruction_set(int limit) {
 // Whether this is an AMD processor with AVX-512, for which MKL picks narrower code than oneDNN.
 SNN_API int snn_prefers_onednn() {
 #if SSB_X86
-  __builtin_cpu_init();
-  return __builtin_cpu_is("amd") && __builtin_cpu_supports("x86-64-v4");
+  return is_v4() && __builtin_cpu_is("amd");
 #else
   return 0;
 #endif

@@ -174,23 +174,29 @@ template <class T> SNN_HD Vector<T> products(const TileSum<T>& weight, const T* 
   return sum;
 }
 
-// Four lanes that add up to the sum over all lanes.
+// Four lanes that add up to the sum over all lanes. (Lanes are named one by one: g++ 11 has no __builtin_shufflevector,
+// and others make the same shuffles of both.)
+template <class T, int lanes> struct Lanes {
+  typedef T type __attribute__((vector_size(lanes * sizeof(T))));
+};
+template <class T> using Four = typename Lanes<T, 4>::type;
 SNN_HD auto quarter(const Vector<double>& v) {
-  return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+  return Four<double>{v[0], v[1], v[2], v[3]} + Four<double>{v[4], v[5], v[6], v[7]};
 }
 SNN_HD auto quarter(const Vector<float>& v) {
-  auto half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-              __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-  return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+  using Eight = Lanes<float, 8>::type;
+  const Eight h = Eight{v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]} +
+                  Eight{v[8], v[9], v[10], v[11], v[12], v[13], v[14], v[15]};
+  return Four<float>{h[0], h[1], h[2], h[3]} + Four<float>{h[4], h[5], h[6], h[7]};
 }
 
 // sums[i] += weight . grad[i], four rows at a time: their horizontal additions share the shuffles.
 template <class T> SNN_HD void add_dots(const TileSum<T>& weight, const T* const* grad, T* sums) {
   const auto a = quarter(products(weight, grad[0])), b = quarter(products(weight, grad[1]));
   const auto c = quarter(products(weight, grad[2])), d = quarter(products(weight, grad[3]));
-  const auto ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  const auto cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
-  const auto all = __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+  const auto ab = Four<T>{a[0], b[0], a[1], b[1]} + Four<T>{a[2], b[2], a[3], b[3]};
+  const auto cd = Four<T>{c[0], d[0], c[1], d[1]} + Four<T>{c[2], d[2], c[3], d[3]};
+  const auto all = Four<T>{ab[0], ab[1], cd[0], cd[1]} + Four<T>{ab[2], ab[3], cd[2], cd[3]};
   for (int i = 0; i < 4; i++) sums[i] += all[i];
 }
 template <class T> SNN_HD void add_dot(const TileSum<T>& weight, const T* grad, T* sum) {
