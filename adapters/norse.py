@@ -214,7 +214,7 @@ def _make_plan(module: Any, options: Options, tensors: list[torch.Tensor], metho
 
     if not _is_lif(module):
         return Plan(LI_DYNAMICS, NO_GRADIENT, options, tuple(tensors), derive)
-    surrogate = surrogate_of(method, float(torch.as_tensor(alpha).detach()))
+    surrogate = surrogate_of(method, float(alpha.detach() if isinstance(alpha, torch.Tensor) else alpha))
     if surrogate is None:  # Norse raises its own error
         return None
     return Plan(LIF_DYNAMICS, surrogate.within(options.cutoff), options, tuple(tensors), derive,

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import snntorch as snn
@@ -141,10 +142,10 @@ def _settings_problem(module: Any, x: torch.Tensor, tensors: list[torch.Tensor])
         if getattr(snn.Leaky, name) is not original or name in module.__dict__:
             return f"its method {name} was replaced"
     function = module.__dict__["state_function"]
-    name = getattr(function, "__name__", None)
-    if getattr(function, "__self__", None) is not module or function.__func__ is not _HOST_METHODS.get(name):
+    update: str = getattr(function, "__name__", "")
+    if getattr(function, "__self__", None) is not module or function.__func__ is not _HOST_METHODS.get(update):
         return "its state_function was replaced"
-    if _late_reset(module) not in ("none", _RESETS[name]):
+    if _late_reset(module) not in ("none", _RESETS[update]):
         return "reset_mechanism was changed after construction: the state update and the late reset disagree"
     for name, tensor in zip(("beta", "threshold", "graded_spikes_factor"), tensors, strict=True):
         problem = tensor_problem(tensor)
@@ -202,16 +203,21 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if type(m) is snn.Leaky]
 
 
+def _truncated_spikes(spike_grad: Any, cutoff: float, x: torch.Tensor) -> torch.Tensor:
+    return truncate(spike_grad, x, cutoff)
+
+
 @contextmanager
 def _truncated(model: nn.Module, cutoff: float) -> Iterator[None]:
     """The host's surrogate derivatives multiplied by 1[|U - threshold| < cutoff], for comparisons."""
     layers = [(layer, layer.spike_grad) for layer in _layers(model)]
     for layer, spike_grad in layers:
-        layer.spike_grad = lambda x, original=spike_grad: truncate(original, x, cutoff)
+        layer.__dict__["spike_grad"] = partial(_truncated_spikes, spike_grad, cutoff)
     try:
         yield
     finally:
         for layer, spike_grad in layers:
+            del layer.__dict__["spike_grad"]  # a surrogate that is a module lies elsewhere
             layer.spike_grad = spike_grad
 
 

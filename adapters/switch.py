@@ -123,6 +123,7 @@ def spiking_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def truncated_surrogates(model: nn.Module, cutoff: float | None) -> Iterator[None]:
     """Inside, the host libraries multiply their surrogate derivatives by ``1[|U - threshold| < cutoff]``."""
     with ExitStack() as stack:
-        for adapter in _installed() if cutoff is not None else ():
-            stack.enter_context(adapter.truncated(model, cutoff))
+        if cutoff is not None:
+            for adapter in _installed():
+                stack.enter_context(adapter.truncated(model, cutoff))
         yield

@@ -19,7 +19,7 @@ _FORMULAS: dict[Any, Callable[[dict[str, float]], Surrogate]] = {
     factories.sigmoid().__code__: lambda c: Surrogate("Sigmoid", c["slope"]),
     factories.straight_through_estimator().__code__: lambda c: Surrogate("StraightThrough"),
     factories.triangular().__code__: lambda c: Surrogate("Triangular", c["threshold"]),
-    factories.heaviside().__code__: lambda c: Surrogate("StraightThrough", low=0.0),
+    factories.heaviside().__code__: lambda c: Surrogate("Step", low=0.0),
     factories.spike_rate_escape().__code__: lambda c: Surrogate("SpikeRateEscape", c["beta"], c["slope"]),
     factories.SFS().__code__: lambda c: Surrogate("FastSigmoid", c["slope"], low=c["B"]),
 }
@@ -28,7 +28,7 @@ _FUNCTIONS = ("ATan", "FastSigmoid", "Sigmoid", "StraightThroughEstimator", "Tri
               "SpikeRateEscape", "SparseFastSigmoid")
 _ORIGINALS = {name: getattr(factories, name) for name in _FUNCTIONS}
 _APPLIES = {_ORIGINALS["StraightThroughEstimator"]: Surrogate("StraightThrough"),
-            _ORIGINALS["Heaviside"]: Surrogate("StraightThrough", low=0.0)}
+            _ORIGINALS["Heaviside"]: Surrogate("Step", low=0.0)}
 
 
 def constants(spike_grad: Any) -> tuple[float, ...] | None:
@@ -49,7 +49,7 @@ def surrogate_of(spike_grad: Any) -> Surrogate | None:
         return _APPLIES[owner]  # e.g. spike_grad=StraightThroughEstimator.apply
     code = getattr(spike_grad, "__code__", None)
     values = constants(spike_grad)
-    if code not in _FORMULAS or values is None or not all(map(math.isfinite, values)):
+    if code is None or code not in _FORMULAS or values is None or not all(map(math.isfinite, values)):
         return None
     return _FORMULAS[code](dict(zip(code.co_freevars, map(float, values), strict=True)))
 

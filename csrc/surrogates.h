@@ -11,6 +11,7 @@ enum SnnSurrogateKind : int32_t {
   kSigmoid,
   kStraightThrough,
   kTriangular,
+  kStep,
   kSpikeRateEscape,
   kSuperSpike,
   kTriangle,
@@ -51,7 +52,7 @@ template <class T> struct Sigmoid {
     return g * slope * e / (d * d);
   }
 };
-// snntorch/surrogate.py StraightThroughEstimator, and Heaviside inside its half line
+// snntorch/surrogate.py StraightThroughEstimator
 template <class T> struct StraightThrough {
   SNN_HD T operator()(T, T g) const { return g; }
 };
@@ -60,6 +61,10 @@ template <class T> struct Triangular {
   T threshold;
   explicit Triangular(const SnnSurrogate& s) : threshold(T(s.a)) {}
   SNN_HD T operator()(T x, T g) const { return x >= T(0) ? -(g * threshold) : g * threshold; }
+};
+// snntorch/surrogate.py Heaviside: 1 where it spikes (so 0, not NaN, at a NaN membrane)
+template <class T> struct Step {
+  SNN_HD T operator()(T x, T g) const { return g * (x > T(0) ? T(1) : T(0)); }
 };
 // snntorch/surrogate.py SpikeRateEscape: slope exp(-beta |x - 1|), a = beta, b = slope
 template <class T> struct SpikeRateEscape {
@@ -121,6 +126,7 @@ template <class T, class Visit> SNN_HD void visit_surrogate(const SnnSurrogate& 
     case kSigmoid: return visit(Sigmoid<T>(s));
     case kStraightThrough: return visit(StraightThrough<T>());
     case kTriangular: return visit(Triangular<T>(s));
+    case kStep: return visit(Step<T>());
     case kSpikeRateEscape: return visit(SpikeRateEscape<T>(s));
     case kSuperSpike: return visit(SuperSpike<T>(s));
     case kTriangle: return visit(Triangle<T>(s));

@@ -31,6 +31,7 @@ def _parse(text: str) -> tuple[dict[str, type[ctypes.Structure]], dict[str, int]
 def _fields(line: str, structs: dict[str, type[ctypes.Structure]], constants: dict[str, int]) -> list[tuple[str, Any]]:
     """The members that one declaration such as ``const void* state_in[kMaxStates]`` or ``int64_t a, b`` adds."""
     declared = " ".join(line.split())
+    kind: Any
     if "*" in declared:
         names, kind = declared[declared.rindex("*") + 1 :], ctypes.c_void_p
     else:

@@ -242,7 +242,7 @@ def float64_spikes() -> Iterator[None]:
             return self.double()
         return original(self, *args, **kwargs)
 
-    torch.Tensor.float = redirect  # type: ignore[method-assign]
+    torch.Tensor.float = redirect  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

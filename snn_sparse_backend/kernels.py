@@ -267,7 +267,10 @@ class Layer:
                                               high=surrogate.high),
         )
         for slot, values in zip(self.struct.parameters, self.parameters, strict=False):
-            slot.data, (slot.row_stride, slot.col_stride) = values.data_ptr(), values.stride()
+            slot.data = values.data_ptr()
+            slot.row_stride, slot.col_stride = (
+                stride if size > 1 else 0 for size, stride in zip(values.shape, values.stride(), strict=True)
+            )
 
     def _broadcast(self, value: torch.Tensor) -> torch.Tensor:
         """The parameter as a matrix ``[rows, cols]`` whose strides are zero along the axes it is constant on."""
@@ -323,7 +326,7 @@ class ForwardScan:
         a.spike_counts = ctypes.addressof(self.spike_counts) + first * ctypes.sizeof(ctypes.c_int64)
         self._first = first
 
-    def run(self, steps: int, pointers: Sequence[int | None], state_in: Sequence[int], state_out: Sequence[int],
+    def run(self, steps: int, pointers: list[Any], state_in: Sequence[int], state_out: Sequence[int],
             values: int | None = None, values_capacity: int = 0, first: int = 0) -> int:
         """Runs the steps from ``first`` on and returns how many were done (see ``SnnNeuronForward``).
 

@@ -132,12 +132,15 @@ class Recorder:
         if self._keep_current:
             block.current = torch.empty(shape, dtype=layer.dtype)
         data, before = self._ready(x, shape), [self._ready(s, layer.shape) for s in states]
-        tables = (data, output if output is not finals[0] else None, _words(block.raster), _words(block.reset),
-                  _words(block.active), block.membrane, block.current)
+        tables: tuple[torch.Tensor | None, ...] = (
+            data, output if output is not finals[0] else None, _words(block.raster), _words(block.reset),
+            _words(block.active), block.membrane, block.current,
+        )
+        tables += tuple(recorded) if record else (None,) * len(finals)
         if count == 1:
-            pointers = [t.data_ptr() if t is not None else None for t in (*tables, *(recorded or [None] * len(finals)))]
+            pointers = [t.data_ptr() if t is not None else None for t in tables]
         else:
-            pointers = [a for t in (*tables, *(recorded or [None] * len(finals))) for a in step_pointers(t, count)]
+            pointers = [address for t in tables for address in step_pointers(t, count)]
         self._scan_steps(block, pointers, before, finals)
         if block.raster is not None:
             block.raster.ones = sum(self._scan.spike_counts)

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from .build import load_node
 from .raster import Raster
+
+if TYPE_CHECKING:
+    from .neuron_tape import NeuronTape
 
 TAG = "_snn_sparse"
 # Room for inputs that lie deeper in the graph than those of the first step (a dropout that starts late, say).
@@ -91,7 +94,7 @@ class SpikeTag(Tag):
 
     __slots__ = ("raster", "tape", "block", "version")
 
-    def __init__(self, raster: Raster, tape: Tape, block: int, version: int) -> None:
+    def __init__(self, raster: Raster, tape: NeuronTape, block: int, version: int) -> None:
         self.raster, self.tape, self.block, self.version = raster, weakref.ref(tape), block, version
 
 

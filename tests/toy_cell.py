@@ -48,6 +48,7 @@ class ToyTape:
         self.versions.clear()
 
     def __call__(self, grads: Gradients, needs: tuple[bool, ...]) -> list[Tensor | None]:
+        assert not torch.is_grad_enabled()
         self.given.append(grads)
         self.needs.append(needs)
         if self.error is not None:

@@ -67,7 +67,8 @@ template <class T> int64_t forward(const SnnSynapseForward& a) {
     for (int64_t r = 0; r < rows; r++) {
       uint32_t* next = event.get() + start[r];
       for (int64_t w = 0; w < words; w++)
-        for_each_bit(a.raster[(first + r) * words + w], [&](int bit) { *next++ = static_cast<uint32_t>(64 * w + bit); });
+        for_each_bit(a.raster[(first + r) * words + w],
+                     [&](int bit) { *next++ = static_cast<uint32_t>(64 * w + bit); });
     }
     parallel_for(tiles, a.threads, [&](int64_t tile) {
       const T* weight = static_cast<const T*>(a.tiles) + tile * a.inputs * kTile;

@@ -1,0 +1,110 @@
+"""The benchmark's tables, JSON and picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_COLOURS = {"fused": "#1f77b4", "host": "#8a8a8a"}
+
+
+def print_tables(results: dict[str, Any], console: Console) -> None:
+    """One table for each case, and where it ran."""
+    where = results["environment"]
+    console.print(
+        f"{where['date']}, {where['cpu']} ({where['instruction_set']}), {where['threads']} thread(s), {where['dtype']}, "
+        f"Python {where['python']}, torch {where['torch']}, snntorch {where['snntorch']}, norse {where['norse']}",
+        highlight=False, soft_wrap=True,
+    )
+    for case in results["cases"]:
+        _print_case(case, console)
+
+
+def _print_case(case: dict[str, Any], console: Console) -> None:
+    table = Table(title=case["name"], title_justify="left")
+    table.add_column("variant", no_wrap=True)
+    for heading in ("forward\nms", "backward\nms", "step\nms", "backward\nspeed-up", "step\nspeed-up", "kept\nMiB",
+                    "kept\nratio", "gradient\ndifference"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for v in case["variants"]:
+        kept = (f"{v['saved_mib']:.1f}", f"1/{v['saved_ratio']:.1f}") if v["saved_mib"] is not None else ("", "")
+        table.add_row(v["name"], f"{v['forward_ms']:.1f}", f"{v['backward_ms']:.1f}", f"{v['step_ms']:.1f}",
+                      f"x{v['speedup_backward']:.2f}", f"x{v['speedup_step']:.2f}", *kept,
+                      f"{v['gradient_difference']:.1e}")
+    table.add_section()
+    floor = case["gemm_floor_ms"]
+    table.add_row("dense products alone", *(f"{floor[k]:.1f}" for k in ("forward", "backward", "step")))
+    console.print(table)
+    layers = ", ".join(f"hidden {i}: {h['spike_rate']:.2%} spike, {h['active_fraction']:.2%} active"
+                       for i, h in enumerate(case["hidden"], 1))
+    console.print(f"input: {case['input_rate']:.2%} spike, {layers} (|U - threshold| < {case['cutoff']})",
+                  highlight=False, soft_wrap=True)
+    last = case["variants"][-1]
+    console.print(f"one step of \"{last['name']}\": {', '.join(f'{k} {n}' for k, n in last['counts'].items())}",
+                  highlight=False, soft_wrap=True)
+    for remark in case["remarks"]:
+        console.print(remark, highlight=False, soft_wrap=True)
+    console.print()
+
+
+def write(results: dict[str, Any], folder: Path) -> tuple[Path, Path]:
+    """Writes ``bench.json`` and ``bench.png``; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data, picture = folder / "bench.json", folder / "bench.png"
+    data.write_text(json.dumps(results, indent=1) + "\n")
+    _draw(results, picture)
+    return data, picture
+
+
+def _draw(results: dict[str, Any], out: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    cases, where = results["cases"], results["environment"]
+    heights = [len(c["variants"]) + 2.5 for c in cases]
+    figure, rows = plt.subplots(len(cases), 2, figsize=(13, 0.42 * sum(heights) + 0.8), layout="constrained",
+                                squeeze=False, gridspec_kw={"height_ratios": heights, "width_ratios": (3, 1)})
+    figure.suptitle(f"{where['cpu']} ({where['instruction_set']}), {where['threads']} thread(s), torch {where['torch']}, "
+                    f"{where['date']}")
+    for case, (times, memory) in zip(cases, rows, strict=True):
+        _draw_times(times, case)
+        _draw_memory(memory, case)
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
+
+
+def _draw_times(axis, case: dict[str, Any]) -> None:  # type: ignore[no-untyped-def]  # matplotlib is optional
+    variants, floor = case["variants"], case["gemm_floor_ms"]
+    names = [v["name"] for v in variants]
+    colours = [_COLOURS["fused" if v["fused"] else "host"] for v in variants]
+    forward, steps = [v["forward_ms"] for v in variants], [v["forward_ms"] + v["backward_ms"] for v in variants]
+    axis.barh(names, forward, color=colours)
+    ends = axis.barh(names, [v["backward_ms"] for v in variants], left=forward, color=colours, alpha=0.5, hatch="//",
+                     edgecolor="white")
+    axis.bar_label(ends, [f"{v['step_ms']:.0f} ms, x{v['speedup_step']:.1f}" for v in variants], padding=4)
+    line = axis.axvline(floor["step"], color="#d62728", linestyle=":", label="dense products alone")
+    solid, hatched = axis.barh([0], [0], color="0.4"), axis.barh([0], [0], color="0.4", alpha=0.5, hatch="//")
+    axis.legend([solid, hatched, line], ["forward", "backward", "dense products alone"], loc="lower right")
+    rates = ", ".join(f"{h['spike_rate']:.1%}" for h in case["hidden"])
+    axis.set(title=f"{case['name']}, hidden layers spike at {rates}", xlabel="ms per training step",
+             xlim=(0, max(steps) * 1.2))
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_memory(axis, case: dict[str, Any]) -> None:  # type: ignore[no-untyped-def]  # matplotlib is optional
+    variants = case["variants"]
+    saved = [v["saved_mib"] or 0.0 for v in variants]
+    bars = axis.barh([v["name"] for v in variants], saved,
+                     color=[_COLOURS["fused" if v["fused"] else "host"] for v in variants])
+    axis.bar_label(bars, ["not measured" if v["saved_mib"] is None else f"{v['saved_mib']:.1f}" for v in variants],
+                   padding=4)
+    axis.set(title="kept for backward", xlabel="MiB", xlim=(0, max(saved) * 1.3), yticks=[])
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,191 @@
+"""The oracle of the Norse tests: Norse's own classes, on the same inputs, parameters and states."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import norse.torch as stock
+import pytest
+import torch
+from norse.torch.functional import lif as lif_functional
+from snn_sparse_backend.adapters import norse as swapped
+from snn_sparse_backend.adapters import synapses
+from snn_sparse_backend.adapters.fallback import forget_warnings
+from torch import Tensor, nn
+
+import snn_sparse_backend as sparse
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+# ------------------------------------------------------------------------------------------------ comparing
+
+
+def relative_error(expected: Tensor, found: Tensor) -> float:
+    """``||a - b|| / ||a||``; infinite if shape or dtype differ or something is not finite."""
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        return math.inf
+    error, norm = (expected - found).norm().item(), expected.norm().item()
+    return error if error == 0 else error / norm if norm > 0 and math.isfinite(error) else math.inf
+
+
+def assert_gradients(expected: Sequence[Tensor | None], found: Sequence[Tensor | None], names: Sequence[str] = (),
+                     rounded: str | None = None) -> None:
+    """The same gradients, and None where Norse has None; Norse itself rounds that of ``rounded`` to float32."""
+    assert len(expected) == len(found)
+    for i, (a, b) in enumerate(zip(expected, found, strict=True)):
+        name = names[i] if names else str(i)
+        assert (a is None) == (b is None), f"gradient of {name}: stock {a}, sparse {b}"
+        if a is not None and b is not None:
+            error = relative_error(a, b)
+            tolerance = TOLERANCE[torch.float32 if name == rounded else a.dtype]
+            assert error <= tolerance, f"gradient of {name}: {error:.2e}\n{a}\n{b}"
+
+
+def assert_identical(expected: Any, found: Any, what: str = "output") -> None:
+    """The same values bit by bit, dtype, shape, ``requires_grad`` and tuple type; recursively."""
+    if isinstance(expected, (tuple, list)):
+        assert type(expected) is type(found) and len(expected) == len(found), what
+        for i, (a, b) in enumerate(zip(expected, found, strict=True)):
+            assert_identical(a, b, f"{what}[{i}]")
+    elif isinstance(expected, Tensor):
+        assert (expected.dtype, expected.shape) == (found.dtype, found.shape), what
+        assert expected.requires_grad == found.requires_grad, f"{what}: requires_grad is {found.requires_grad}"
+        assert torch.equal(expected, found), f"{what}: {(expected - found).abs().max()}"
+    else:
+        assert expected == found, what
+
+
+# ------------------------------------------------------------------------------------------------ switching
+
+
+@contextmanager
+def clean_slate(**options: Any) -> Iterator[None]:
+    """Nothing enabled, no warning given, no counts; inside, these options are the defaults; all undone at the end."""
+    before = sparse.config.defaults
+    sparse.config.set(**options)
+    sparse.reset_counts()
+    forget_warnings()
+    try:
+        yield
+    finally:
+        sparse.config.defaults = before
+        for library in list(sparse.config.libraries):
+            sparse.disable(library)
+        synapses.switch("norse classes", False)
+
+
+class _Cut(torch.autograd.Function):
+    """The identity, with the derivative ``1[|x| < cutoff]``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cutoff: float) -> Tensor:
+        ctx.save_for_backward(x.abs() < cutoff)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (near,) = ctx.saved_tensors
+        return torch.where(near, grad, torch.zeros_like(grad)), None
+
+
+@contextmanager
+def threshold_cut_at(cutoff: float | None) -> Iterator[None]:
+    """Norse's own LIF step with its threshold derivative multiplied by ``1[|u - v_th| < cutoff]``."""
+    original = lif_functional.threshold
+    if cutoff is not None:
+        lif_functional.threshold = lambda x, method, alpha: original(_Cut.apply(x, cutoff), method, alpha)
+    try:
+        yield
+    finally:
+        lif_functional.threshold = original
+
+
+# ------------------------------------------------------------------------------------------------ programs
+
+
+def both(program: Callable[[Any], Any], **options: Any) -> tuple[Any, Any]:
+    """What a program returns when it is given Norse's module, and when it is given the swapped classes.
+
+    Args:
+        program: takes ``norse.torch`` or something that has the swapped classes instead, from the same seed.
+        options: of the backend.
+    """
+    results = []
+    for library in (stock, Swapped()):
+        with clean_slate(**options):
+            torch.manual_seed(0)
+            results.append(program(library))
+    return results[0], results[1]
+
+
+class Swapped:
+    """``norse.torch`` with the classes of the adapter."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(swapped if name in swapped.__all__ else stock, name)
+
+
+def agree(program: Callable[[Any], tuple[Any, Sequence[Tensor | None]]], **options: Any) -> None:
+    """A program ``library -> (outputs, gradients)`` gives the same with either library."""
+    (expected, gradients), (found, others) = both(program, **options)
+    assert_identical(expected, found)
+    assert_gradients(gradients, others)
+
+
+# ------------------------------------------------------------------------------------------------ pieces
+
+FLOAT = torch.float64
+CLASSES = ("LIF", "LIFCell", "LI", "LICell")
+each_class = pytest.mark.parametrize("name", CLASSES)
+each_lif = pytest.mark.parametrize("name", ("LIF", "LIFCell"))
+
+
+def data(*shape: int, dtype: torch.dtype = FLOAT, grad: bool = True) -> Tensor:
+    return (3 * torch.randn(shape, dtype=torch.float64)).to(dtype).requires_grad_(grad)
+
+
+def grads(loss: Tensor, *wanted: Tensor, **options: Any) -> list[Tensor | None]:
+    return list(torch.autograd.grad(loss, wanted, allow_unused=True, **options))
+
+
+def weighted(*tensors: Tensor) -> Tensor:
+    return torch.stack([(t * torch.randn_like(t)).sum() for t in tensors if t.requires_grad]).sum()
+
+
+def unroll(cell: nn.Module, x: Tensor, state: Any = None) -> tuple[list[Tensor], list[Any]]:
+    outputs, states = [], []
+    for step in x:
+        output, state = cell(step, state)
+        outputs.append(output)
+        states.append(state)
+    return outputs, states
+
+
+def nodes(*tensors: Tensor) -> Counter[str]:
+    """How many autograd nodes of each name a graph has."""
+    seen, todo = set(), [t.grad_fn for t in tensors]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [following for following, _ in node.next_functions]
+    return Counter(node.name() for node in seen)
+
+
+def fused() -> bool:
+    return sparse.counts["neuron_steps"] > 0 and sparse.counts["host_steps"] == 0
+
+
+def layer_input(name: str, rows: int | None = 3, **options: Any) -> Tensor:
+    shape = (7,) if rows is None else (rows, 7)
+    return data(*(() if name.endswith("Cell") else (5,)), *shape, **options)
+
+
+def net(library: Any, **options: Any) -> Any:
+    return library.SequentialState(nn.Linear(6, 9), library.LIF(library.LIFParameters(v_th=torch.tensor(0.2))),
+                                   nn.Linear(9, 4), library.LI(), **options).double()

@@ -1,0 +1,195 @@
+"""Every kernel of the core in a few lines of plain PyTorch, written from the equations and not from the C++.
+
+The neurons' backward is torch's own: their steps are differentiable here, with the surrogate as a custom Function.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from snn_sparse_backend.dynamics import Dynamics
+from snn_sparse_backend.surrogate import Surrogate
+
+Tensors = Sequence[torch.Tensor]
+
+# ---------------------------------------------------------------------------------------------------- rasters
+
+
+def pack(dense: torch.Tensor) -> torch.Tensor:
+    """Words ``[rows, words]`` of a matrix of zeros and ones."""
+    rows, cols = dense.shape
+    bits = torch.nn.functional.pad(dense.long(), (0, -cols % 64)).view(rows, (cols + 63) // 64, 64)
+    return (bits << torch.arange(64)).sum(-1)
+
+
+def unpack(words: torch.Tensor, cols: int) -> torch.Tensor:
+    """The matrix ``[rows, cols]`` of zeros and ones as bools."""
+    return (words.unsqueeze(-1) >> torch.arange(64) & 1).bool().flatten(1)[:, :cols]
+
+
+def columns(dense: torch.Tensor, block_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Column lists ``(start, row, rank)``: per block of rows the ones, column by column, with their row-major place."""
+    ranks = (dense.flatten().long().cumsum(0) - 1).view(dense.shape)
+    start, row, rank, events = [torch.empty(0).long()], [torch.empty(0).long()], [torch.empty(0).long()], 0
+    for first in range(0, dense.shape[0], block_rows):
+        block = dense[first : first + block_rows]
+        where = block.t().nonzero()
+        start.append(events + torch.cat([torch.zeros(1).long(), block.sum(0).cumsum(0)]))
+        row.append(where[:, 1])
+        rank.append(ranks[first : first + block_rows][where[:, 1], where[:, 0]])
+        events += len(where)
+    return torch.cat(start), torch.cat(row), torch.cat(rank)
+
+
+# ---------------------------------------------------------------------------------------------------- synapses
+
+
+def pack_weights(weight: torch.Tensor) -> torch.Tensor:
+    outputs, inputs = weight.shape
+    return torch.nn.functional.pad(weight, (0, 0, 0, -outputs % 64)).view(-1, 64, inputs).transpose(1, 2)
+
+
+def synapse_forward(spikes: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    current = spikes.double() @ weight.double().t()
+    return current if bias is None else current + bias.double()
+
+
+def weight_gradient(grad: torch.Tensor, spikes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return grad.double().t() @ spikes.double(), grad.double().sum(0)
+
+
+def input_gradient(grad: torch.Tensor, active: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return (grad.double() @ weight.double())[active]
+
+
+# -------------------------------------------------------------------------------------------------- surrogates
+
+DERIVATIVES: dict[str, Callable[[torch.Tensor, float, float], torch.Tensor]] = {
+    "Atan": lambda x, a, b: a / 2 / (1 + (math.pi / 2 * a * x) ** 2),
+    "FastSigmoid": lambda x, a, b: 1 / (a * x.abs() + 1) ** 2,
+    "StraightThrough": lambda x, a, b: torch.ones_like(x),
+    "Triangular": lambda x, a, b: torch.full_like(x, a).where(~(x >= 0), -a),
+    "SpikeRateEscape": lambda x, a, b: b * torch.exp(-a * (x - 1).abs()),
+    "SuperSpike": lambda x, a, b: 1 / (a * x.abs() + 1) ** 2,
+    "Triangle": lambda x, a, b: a * torch.relu(1 - x.abs()),
+    "ZeroDerivative": lambda x, a, b: torch.zeros_like(x),
+}
+
+
+def inside(x: torch.Tensor, surrogate: Surrogate) -> torch.Tensor:
+    """Where the derivative may differ from zero; a NaN is inside."""
+    outside = torch.zeros_like(x, dtype=torch.bool)
+    if math.isfinite(surrogate.low):
+        outside |= x <= surrogate.low
+    if math.isfinite(surrogate.high):
+        outside |= x >= surrogate.high
+    return ~outside
+
+
+class Spike(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, surrogate: Surrogate) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.surrogate = surrogate
+        return (x > 0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (x,), s = ctx.saved_tensors, ctx.surrogate
+        return torch.where(inside(x, s), grad * DERIVATIVES[s.kind](x, s.a, s.b), 0.0), None
+
+
+# ----------------------------------------------------------------------------------------------------- neurons
+
+
+@dataclass
+class Step:
+    """One time step; without a threshold comparison ``spike`` is None."""
+
+    output: torch.Tensor
+    states: list[torch.Tensor]
+    u: torch.Tensor
+    current: torch.Tensor
+    spike: torch.Tensor | None = None
+    reset: torch.Tensor | None = None
+
+
+def leaky(model: Dynamics, surrogate: Surrogate, p: Tensors, x: torch.Tensor, states: Tensors) -> Step:
+    """snnTorch ``Leaky``, see SNNTORCH.md 2.1."""
+    (u,), (beta, threshold, gamma) = states, p
+    reset = (u - threshold > 0).to(u.dtype).detach()
+    if model.reset == "kZero":
+        u = (1 - reset) * u
+    v = beta * u + x
+    if model.reset == "kSubtract":
+        v = v - reset * threshold
+    spike = Spike.apply(v - threshold, surrogate)
+    output = spike * gamma
+    after = v
+    if model.late_reset:
+        d = output / gamma - reset
+        after = v - d * (threshold if model.reset == "kSubtract" else v)
+    return Step(output, [after], v, torch.zeros_like(v), spike, reset)
+
+
+def lif(model: Dynamics, surrogate: Surrogate, p: Tensors, x: torch.Tensor, states: Tensors) -> Step:
+    """Norse ``LIF``, see NORSE.md 1.5; p[1] is minus the synaptic decay."""
+    (v, i), (mem, syn, leak, threshold, reset) = states, p
+    c = i + x
+    u = v + mem * ((leak - v) + c)
+    z = Spike.apply(u - threshold, surrogate)
+    return Step(z, [(1 - z) * u + z * reset, c + syn * c], u, c, z, torch.zeros_like(z))
+
+
+def li(model: Dynamics, surrogate: Surrogate, p: Tensors, x: torch.Tensor, states: Tensors) -> Step:
+    (v, i), (mem, syn, leak) = states, p
+    c = i + x
+    v = v + mem * ((leak - v) + c)
+    return Step(v, [v, c + syn * c], v, c)
+
+
+STEPS = {"kLeaky": leaky, "kLif": lif, "kLi": li}
+
+
+def scan(model: Dynamics, surrogate: Surrogate, parameters: Tensors, inputs: Tensors, states: Tensors) -> list[Step]:
+    """All time steps; tensors ``[rows, cols]``."""
+    steps: list[Step] = []
+    for x in inputs:
+        steps.append(STEPS[model.model](model, surrogate, parameters, x, states))
+        states = steps[-1].states
+    return steps
+
+
+@dataclass
+class Cotangents:
+    """Gradients that arrive from outside, step by step; None where none does."""
+
+    output: list[torch.Tensor | None]
+    states: list[list[torch.Tensor | None]]  # state by state
+
+    def all_states(self, step: int) -> list[torch.Tensor | None]:
+        return [table[step] for table in self.states]
+
+
+def gradients(model: Dynamics, surrogate: Surrogate, parameters: Tensors, inputs: Tensors, states: Tensors,
+              arriving: Cotangents) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    """Gradients of the inputs, the states and the parameters, these site by site; zeros where nothing arrives."""
+    leaves = [[t.detach().clone().requires_grad_() for t in group] for group in (inputs, states, parameters)]
+    steps = scan(model, surrogate, leaves[2], leaves[0], leaves[1])
+    pairs = []
+    for t, step in enumerate(steps):
+        pairs += zip([step.output, *step.states], [arriving.output[t], *arriving.all_states(t)], strict=True)
+    wanted = [(value, grad) for value, grad in pairs if grad is not None]
+    flat = [leaf for group in leaves for leaf in group]
+    if not wanted:
+        found = [torch.zeros_like(leaf) for leaf in flat]
+    else:
+        found = list(torch.autograd.grad([v for v, _ in wanted], flat, [g for _, g in wanted], allow_unused=True,
+                                         materialize_grads=True))
+    first, second = len(inputs), len(inputs) + len(states)
+    return found[:first], found[first:second], found[second:]

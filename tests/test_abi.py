@@ -1,0 +1,122 @@
+"""The structs and constants that Python reads from the headers are those that the compiler sees."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from snn_sparse_backend import abi, build, dynamics, kernels, recipes
+
+CSRC = build.csrc_folder()
+PACKAGE = Path(kernels.__file__).parent
+# X(name, Arguments) lines of the kernel list.
+KERNELS = dict(re.findall(r"X\((\w+), (\w+)\)", (CSRC / "cpu/kernels.h").read_text()))
+
+
+def layout(structs: dict[str, type[ctypes.Structure]]) -> dict[str, int]:
+    """Size of every struct and offset of every field, as ctypes lays them out."""
+    found = {name: ctypes.sizeof(struct) for name, struct in structs.items()}
+    for name, struct in structs.items():
+        found |= {f"{name}.{field[0]}": getattr(struct, field[0]).offset for field in struct._fields_}
+    return found
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    """The same, and all constants, as the compiler sees them."""
+    lines = []
+    for name in layout(abi.STRUCTS):
+        struct, _, field = name.partition(".")
+        value = f"offsetof({struct}, {field})" if field else f"sizeof({struct})"
+        lines.append(f'  std::printf("{name} %lld\\n", (long long){value});')
+    for name in {**abi.CONSTANTS, **abi.SURROGATES}:
+        lines.append(f'  std::printf("{name} %lld\\n", (long long){name});')
+    headers = '#include <cstddef>\n#include <cstdio>\n#include "abi.h"\n#include "surrogates.h"\n'
+    folder = tmp_path_factory.mktemp("abi")
+    (folder / "layout.cpp").write_text(headers + "int main() {\n" + "\n".join(lines) + "\n}\n")
+    command = [*recipes.find_compiler().command, "-std=c++17", f"-I{CSRC}", "layout.cpp", "-o", "layout"]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert run.returncode == 0, f"{shlex.join(command)}\n{run.stderr}"
+    output = subprocess.run([folder / "layout"], capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in (line.split() for line in output.splitlines())}
+
+
+def test_structs_have_the_compilers_layout(compiled: dict[str, int]) -> None:
+    found = layout(abi.STRUCTS)
+    assert found == {name: compiled[name] for name in found}
+
+
+def test_constants_have_the_compilers_values(compiled: dict[str, int]) -> None:
+    found = {**abi.CONSTANTS, **abi.SURROGATES}
+    assert found == {name: compiled[name] for name in found}
+
+
+def test_the_layout_tells_structs_apart(compiled: dict[str, int]) -> None:
+    """A field moved, widened or forgotten shows."""
+    text = (CSRC / "abi.h").read_text()
+    for right, wrong in (("int64_t rows, cols, row_stride;", "int64_t rows, row_stride, cols;"),
+                         ("int32_t kind;", "int64_t kind;"), ("  void* scratch;", ""),
+                         ("kMaxParameters = 5", "kMaxParameters = 4")):
+        assert text.count(right) == 1
+        found = layout(abi._parse(text.replace(right, wrong))[0])
+        assert any(value != compiled[name] for name, value in found.items())
+
+
+def test_no_declaration_is_overlooked() -> None:
+    for header, constants in (("abi.h", abi.CONSTANTS), ("surrogates.h", abi.SURROGATES)):
+        text = re.sub(r"//[^\n]*", "", (CSRC / header).read_text())
+        bodies = re.findall(r"\benum\b[^{]*\{([^}]*)\}", text)
+        names = re.findall(r"\bk[A-Z]\w*", " ".join(bodies)) + re.findall(r"constexpr int (\w+)", text)
+        assert set(names) <= set(constants) and len(names) >= 5
+    declared = re.findall(r"^struct (\w+)", (CSRC / "abi.h").read_text(), re.MULTILINE)
+    assert declared == list(abi.STRUCTS)
+
+
+def test_every_kernel_is_exported() -> None:
+    assert len(KERNELS) >= 11
+    core = build.load_core()
+    for name, arguments in KERNELS.items():
+        assert hasattr(core, f"snn_{name}") and arguments in abi.STRUCTS
+    assert not hasattr(core, "snn_no_such_kernel")
+
+
+def test_python_calls_each_kernel_with_its_own_struct() -> None:
+    text = (PACKAGE / "kernels.py").read_text()
+    calls = re.findall(r'_call\(\s*"(\w+)",\s*"(\w+)"', text)
+    assert len(calls) >= 8
+    for name, arguments in calls:
+        assert KERNELS[name] == arguments
+    filled_elsewhere = set(re.findall(r'_function\("(\w+)"\)', text))
+    assert {name for name, _ in calls} | filled_elsewhere == set(KERNELS)
+
+
+def test_names_that_python_uses_exist() -> None:
+    text = "\n".join(path.read_text() for path in PACKAGE.glob("*.py"))
+    used = set(re.findall(r'CONSTANTS\["(\w+)"\]', text)) | set(re.findall(r'"(k(?:[A-Z][a-z0-9]+)+)"', text))
+    assert {"kFloat32", "kTile", "kZero", "kLif"} <= used <= set(abi.CONSTANTS)
+    assert set(re.findall(r'STRUCTS\["(\w+)"\]', text)) <= set(abi.STRUCTS)
+
+
+def test_surrogates_that_adapters_name_exist() -> None:
+    folders = [PACKAGE, CSRC.parent / "compat", CSRC.parent / "adapters"]
+    text = "\n".join(path.read_text() for folder in folders for path in folder.glob("*.py"))
+    named = set(re.findall(r'Surrogate\("(\w+)"', text)) | {"Tanh", "Circ", "Erfc"}
+    assert {"Atan", "Triangle", "SuperSpike"} <= named
+    assert {f"k{kind}" for kind in named} <= set(abi.SURROGATES)
+    header = (CSRC / "surrogates.h").read_text()
+    for kind in abi.SURROGATES:
+        assert kind == "kZeroDerivative" or f"case {kind}: return visit({kind[1:]}<T>(" in header
+
+
+@pytest.mark.parametrize("model", [dynamics.LIF, dynamics.LI, dynamics.leaky("zero", True)], ids=lambda m: m.name)
+def test_models_have_as_many_states_and_parameters_as_their_struct(model: dynamics.Dynamics) -> None:
+    header = (CSRC / f"neurons/{model.name.lower()}.h").read_text()
+    sizes = re.search(r"States = (\d), Count = (\d)", header)
+    assert sizes is not None
+    assert (len(model.states), len(model.parameters)) == (int(sizes[1]), int(sizes[2]))
+    assert len(model.states) <= abi.CONSTANTS["kMaxStates"] and len(model.parameters) <= abi.CONSTANTS["kMaxParameters"]
