@@ -37,6 +37,11 @@ class Dynamics:
     needs_current: tuple[int, ...] = ()
 
     @property
+    def fires_from_state(self) -> bool:
+        """Whether a step's spikes are computed from the very membrane it returns."""
+        return self.model == "kLeaky" and not self.late_reset
+
+    @property
     def reset_is_recorded(self) -> bool:
         """Whether the reset decision is taken from the membrane before the step (it is its own raster then)."""
         return self.model == "kLeaky" and self.reset != "kNone"

@@ -41,12 +41,15 @@ class _Tally:
 
     def add(self, name: str, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        owner = tensor._base if tensor._base is not None else tensor
-        if isinstance(owner, nn.Parameter) or storage.data_ptr() in self.seen or not storage.nbytes():
+        if _of_a_parameter(tensor) or storage.data_ptr() in self.seen or not storage.nbytes():
             return
         self.seen.add(storage.data_ptr())
         self.kept.append(tensor)
         self.bytes[name] = self.bytes.get(name, 0) + storage.nbytes()
+
+
+def _of_a_parameter(tensor: Tensor) -> bool:
+    return isinstance(tensor._base if tensor._base is not None else tensor, nn.Parameter)
 
 
 @contextmanager
@@ -113,8 +116,10 @@ def host_saved_bytes(forward: Callable[[], Any], exclude: Iterable[Tensor] = ())
     saved: list[weakref.ref[_Saved]] = []
 
     def pack(tensor: Tensor) -> _Saved:
-        box = _Saved(tensor)
-        saved.append(weakref.ref(box))
+        # Detached: a node that saved its own output would otherwise keep itself alive.
+        box = _Saved(tensor.detach())
+        if not _of_a_parameter(tensor):
+            saved.append(weakref.ref(box))
         return box
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):

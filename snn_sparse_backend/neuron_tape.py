@@ -61,16 +61,22 @@ class NeuronTape(Tape):
         node, plan, index = load_node(), self.plan, len(self.blocks)
         attached = [True, *(s.requires_grad or x.requires_grad or self.parameters[1].requires_grad
                             for s in states[1:])]
-        out = result.recorded or result.finals
-        carried = [(1 + i, s) for i, s in enumerate(out) if attached[i]]
+        finals = [(1 + i, s) for i, s in enumerate(result.finals) if attached[i]]
         plain = [(0, result.output)] if plan.differentiable_output else []
-        if result.output is result.finals[0]:  # an integrator's output is its state
-            plain, carried[0] = [], (0, result.output)
+        states_inside: list[tuple[int, torch.Tensor]] = []  # their gradient is always only a part
+        if result.recorded:  # stacks of the states: only the outside looks at them
+            plain, finals = plain + [(1 + i, s) for i, s in enumerate(result.recorded) if attached[i]], []
+        elif result.output is result.finals[0]:  # an integrator's output is its state
+            plain, finals[0] = [], (0, result.output)
+        elif plan.dynamics.fires_from_state:
+            states_inside, finals = finals, []
+        elif not plan.dynamics.spikes:  # the last membrane is part of the sequence [T, B, ...], too
+            states_inside, finals = finals[:1], finals[1:]
         elif plan.dynamics.attached_reset and result.block.shape == self.layer.shape:
-            plain, carried = [], plain + carried
+            plain, states_inside = [], plain
         if not plan.options.fuse_steps:
-            plain, carried = plain + carried, []
-        tensors = [t for _, t in plain], [t for _, t in carried]
+            plain, states_inside, finals = plain + states_inside + finals, [], []
+        tensors = [[t for _, t in group] for group in (plain, states_inside, finals)]
         if self.handle is None:
             self.handle = node.create(self, [*states, *self.parameters, x], *tensors,
                                       name=f"Sparse{plan.dynamics.name}Backward", slack=TOPOLOGICAL_SLACK)
@@ -78,7 +84,7 @@ class NeuronTape(Tape):
         elif not node.extend(self.handle, [x], *tensors):
             return False
         self.blocks.append(result.block)
-        self.outputs += [(kind, index) for kind, _ in plain + carried]
+        self.outputs += [(kind, index) for kind, _ in plain + states_inside + finals]
         self.last = [(weakref.ref(t), t._version, t.requires_grad) for t in result.finals]
         if result.block.raster is not None and plan.unit_spikes:
             setattr(result.output, TAG, SpikeTag(result.block.raster, self, index, result.output._version))

@@ -11,7 +11,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -346,8 +346,8 @@ def test_retain_grad_and_autograd_grad_on_spikes(cell: ToyCell, x: Tensor, v0: T
 
 
 REFUSAL = (
-    r"ToyBackward: .* output \d+, a membrane state\. The gradient at this state is carried inside the fused node.*"
-    r"`enable\(\.\.\., fuse_steps=False\)`"
+    r"ToyBackward: .* output \d+, a membrane state or what is computed from it\. "
+    r"The gradient at this state is carried inside the fused node.*`enable\(\.\.\., fuse_steps=False\)`"
 )
 
 
@@ -1319,3 +1319,41 @@ def test_distributed_data_parallel(tmp_path: Path) -> None:
     for rank in ranks:
         output, _ = rank.communicate(timeout=120)
         assert rank.returncode == 0 and "agreed" in output, output
+
+
+# ---- ends and zeros for hooks ---------------------------------------------------------------------------------------
+def doubling_tape(grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Input i gets twice the gradient of output i."""
+    return [None if g is None else 2 * g for g in grads]
+
+
+def test_an_end_may_be_watched_until_a_step_follows() -> None:
+    x = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    end = torch.zeros(3, dtype=torch.float64)
+    handle = node.create(doubling_tape, [x], [], [], [end])
+    seen: list[Tensor] = []
+    end.register_hook(seen.append)
+    end.sum().backward(retain_graph=True)
+    assert len(seen) == 1 and torch.equal(x.grad, torch.full_like(x, 2))
+
+    following = torch.zeros(3, dtype=torch.float64)
+    assert node.extend(handle, [x], [], [], [following])
+    with pytest.raises(RuntimeError, match="membrane state"):
+        end.sum().backward(retain_graph=True)
+
+
+def test_a_hook_on_an_output_without_a_gradient_sees_zeros_and_the_tape_none() -> None:
+    given: list[Sequence[Tensor | None]] = []
+
+    def tape(grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
+        given.append(grads)
+        return doubling_tape(grads, needs)
+
+    x = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    used, unused = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    node.create(tape, [x, x], [used, unused])
+    seen: list[Tensor] = []
+    unused.register_hook(lambda grad: seen.append(0.5 * grad))
+    used.sum().backward()
+    assert torch.equal(seen[0], torch.zeros_like(x)) and given[0][1] is None
+    assert torch.equal(x.grad, torch.full_like(x, 2))

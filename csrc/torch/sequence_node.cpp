@@ -83,13 +83,16 @@ struct Ref {  // an owned reference; a null pointer becomes the Python error it 
 };
 
 // ---- who looks at the gradients of a node's outputs -----------------------------------------------------------------
-// Refuses every request for a gradient of which autograd sees only a part. It runs when the engine arrives at its node,
-// also if the engine only collects a gradient there without executing the node.
-struct StateGuard final : FunctionPreHook {
-  explicit StateGuard(Node& node) : node(node) {}
+// Refuses every request for a gradient of which autograd sees only a part, and gives hooks on outputs that received no
+// gradient zeros instead of None (stock would not call them at all). It is the first hook to run when the engine arrives
+// at its node, also if the engine only collects a gradient there without executing the node.
+struct OutputGuard final : FunctionPreHook {
+  explicit OutputGuard(Node& node) : node(node) {}
   variable_list operator()(const variable_list& grads) override;
   Node& node;                  // which owns this hook
   std::vector<size_t> states;  // outputs from which the fused computation goes on inside, ascending
+  std::vector<size_t> ends;    // states of the last step: the computation goes on from them once a step follows
+  Tensors filled;              // the zeros given to hooks; still undefined for the tape unless a hook replaced them
 };
 
 constexpr size_t kSomeOutput = static_cast<size_t>(-1);
@@ -109,7 +112,7 @@ template <class Hook> bool in_use(const Hook* python_hook) {
 template <class Visit> bool any_observer(Node& node, Visit visit) {
   for (const auto& pointer : node.tensor_pre_hooks()) {
     const FunctionPreHook& hook = *pointer;
-    if (typeid(hook) == typeid(StateGuard)) continue;
+    if (typeid(hook) == typeid(OutputGuard)) continue;
     const auto* python = hook_as<PyFunctionTensorPreHook>(hook, "torch::autograd::PyFunctionTensorPreHook");
     const auto* cpp = hook_as<CppFunctionTensorPreHook>(hook, "torch::autograd::CppFunctionTensorPreHook");
     const size_t output = python ? python->value_idx : cpp ? cpp->value_idx_ : kSomeOutput;
@@ -135,15 +138,23 @@ bool has_node_hooks(Node& node) {
   return false;
 }
 
-variable_list StateGuard::operator()(const variable_list& grads) {
+variable_list OutputGuard::operator()(const variable_list& grads) {
   any_observer(node, [this](size_t output, const char* what) {
     const bool harmless = output != kSomeOutput && !std::binary_search(states.begin(), states.end(), output);
-    TORCH_CHECK(harmless, node.name(), ": ", what, " output ", static_cast<int64_t>(output), ", a membrane state. The "
-                "gradient at this state is carried inside the fused node from step to step, and autograd would show "
-                "only a part of it. Use `enable(..., fuse_steps=False)`, which makes one node per step.");
+    TORCH_CHECK(harmless, node.name(), ": ", what, " output ", static_cast<int64_t>(output), ", a membrane state "
+                "or what is computed from it. The gradient at this state is carried inside the fused node from step to "
+                "step, and autograd would show only a part of it. Use `enable(..., fuse_steps=False)`.");
     return false;
   });
-  return grads;
+  variable_list complete = grads;
+  filled.clear();
+  for (const auto& pointer : node.tensor_pre_hooks()) {
+    const auto* hook = hook_as<PyFunctionTensorPreHook>(*pointer, "torch::autograd::PyFunctionTensorPreHook");
+    if (!hook || !in_use(hook) || complete[hook->value_idx].defined()) continue;
+    filled.push_back(node.input_metadata(hook->value_idx).zeros_like());
+    complete[hook->value_idx] = filled.back();
+  }
+  return complete;
 }
 
 // ---- the node -------------------------------------------------------------------------------------------------------
@@ -203,15 +214,21 @@ struct SequenceNode final : TapeOwner {
   // Not add_next_edge(), which would refuse: the node has consumers already.
   void append_inputs(edge_list&& edges) { std::move(edges.begin(), edges.end(), std::back_inserter(next_edges_)); }
 
-  void append_outputs(const NodePtr& self, const Tensors& outputs, const Tensors& states) {
-    if (!states.empty() && !guard) {
-      auto owned = std::make_unique<StateGuard>(*this);
+  void append_outputs(const NodePtr& self, const Tensors& outputs, const Tensors& states, const Tensors& ends) {
+    if (!guard) {
+      auto owned = std::make_unique<OutputGuard>(*this);
       guard = owned.get();
       add_tensor_pre_hook(std::move(owned));
     }
+    guard->states.insert(guard->states.end(), guard->ends.begin(), guard->ends.end());
+    guard->ends.clear();
     for (const auto& tensor : outputs) set_history(tensor, self);
     for (const auto& tensor : states) {
       guard->states.push_back(num_inputs());
+      set_history(tensor, self);
+    }
+    for (const auto& tensor : ends) {
+      guard->ends.push_back(num_inputs());
       set_history(tensor, self);
     }
   }
@@ -231,11 +248,17 @@ struct SequenceNode final : TapeOwner {
     return results;
   }
 
+  bool is_filled(const at::Tensor& grad) const {
+    if (!guard) return false;
+    return std::any_of(guard->filled.begin(), guard->filled.end(), [&](const at::Tensor& t) { return t.is_same(grad); });
+  }
+
   variable_list call_tape(const variable_list& grads, bool create_graph) {
     const size_t inputs = num_outputs();
     const Ref callback(Py_NewRef(tape)), given(PyTuple_New(grads.size())), needs(PyTuple_New(inputs));
     for (size_t i = 0; i < grads.size(); ++i) {
-      PyObject* grad = grads[i].defined() ? Ref(THPVariable_Wrap(grads[i])).release() : Py_NewRef(Py_None);
+      const bool arrived = grads[i].defined() && !is_filled(grads[i]);
+      PyObject* grad = arrived ? Ref(THPVariable_Wrap(grads[i])).release() : Py_NewRef(Py_None);
       PyTuple_SET_ITEM(given.get(), i, grad);
     }
     for (size_t i = 0; i < inputs; ++i)
@@ -278,7 +301,7 @@ struct SequenceNode final : TapeOwner {
 
   std::string label;
   int graph_task;               // -1 in an ordinary forward pass
-  StateGuard* guard = nullptr;  // owned by the node's hooks; made with the first state
+  OutputGuard* guard = nullptr;  // owned by the node's hooks; made with the first output
 };
 
 // ---- arguments ------------------------------------------------------------------------------------------------------
@@ -331,21 +354,23 @@ void check_outputs(const Tensors& outputs, bool repoint) {
 // One step as Python gave it. Building it checks everything, so that nothing fails half way through recording it.
 struct Step {
   edge_list edges;
-  Tensors outputs, states;
+  Tensors outputs, states, ends;
 
-  Step(PyObject* in, PyObject* out, PyObject* carried, bool repoint)
-      : outputs(unpack_tensors(out, "output")), states(unpack_tensors(carried, "state")) {
+  Step(PyObject* in, PyObject* out, PyObject* carried, PyObject* last, bool repoint)
+      : outputs(unpack_tensors(out, "output")), states(unpack_tensors(carried, "state")),
+        ends(unpack_tensors(last, "end")) {
     for (const auto& tensor : unpack_tensors(in, "input", /*none_allowed=*/true)) {
       if (tensor.defined()) check_plain(tensor, "input");
       edges.push_back(tensor.defined() && tensor.requires_grad() ? impl::gradient_edge(tensor) : Edge());
     }
     check_outputs(outputs, repoint);
     check_outputs(states, repoint);
+    check_outputs(ends, repoint);
   }
 
   // The dict of hooks removed meanwhile is tied to the old node: the next hook must make a new one.
   void forget_removed_hooks() const {
-    for (const auto* tensors : {&outputs, &states})
+    for (const auto* tensors : {&outputs, &states, &ends})
       for (const auto& tensor : *tensors)
         if (PyObject_SetAttrString(Ref(THPVariable_Wrap(tensor)).get(), "_backward_hooks", Py_None) < 0)
           throw_python_error();
@@ -422,37 +447,37 @@ PyType_Spec handle_spec = {"snn_sparse_node.Handle", sizeof(Handle), 0,
 // ---- the module -----------------------------------------------------------------------------------------------------
 PyObject* create(PyObject*, PyObject* args, PyObject* kwargs) {
   HANDLE_TH_ERRORS
-  static const char* names[] = {"tape", "inputs", "outputs", "states", "name", "slack", "repoint", nullptr};
-  PyObject *tape, *inputs, *outputs, *states = nullptr;
+  static const char* names[] = {"tape", "inputs", "outputs", "states", "ends", "name", "slack", "repoint", nullptr};
+  PyObject *tape, *inputs, *outputs, *states = nullptr, *ends = nullptr;
   const char* name = "SequenceBackward";
   unsigned long long slack = 0;
   int repoint = 0;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|O$sKp:create", const_cast<char**>(names), &tape, &inputs,
-                                   &outputs, &states, &name, &slack, &repoint))
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|OO$sKp:create", const_cast<char**>(names), &tape, &inputs,
+                                   &outputs, &states, &ends, &name, &slack, &repoint))
     return nullptr;
   TORCH_CHECK_TYPE(PyCallable_Check(tape), "create: the tape must be callable, got ", Py_TYPE(tape)->tp_name);
-  Step step(inputs, outputs, states, repoint);
+  Step step(inputs, outputs, states, ends, repoint);
   if (repoint) step.forget_removed_hooks();
   const NodePtr node = Owner::make<SequenceNode>(tape, name, std::move(step.edges), slack);
-  static_cast<SequenceNode&>(*node).append_outputs(node, step.outputs, step.states);
+  static_cast<SequenceNode&>(*node).append_outputs(node, step.outputs, step.states, step.ends);
   return make_handle(node);
   END_HANDLE_TH_ERRORS
 }
 
 PyObject* extend(PyObject*, PyObject* args, PyObject* kwargs) {
   HANDLE_TH_ERRORS
-  static const char* names[] = {"handle", "inputs", "outputs", "states", nullptr};
-  PyObject *handle, *inputs, *outputs, *states = nullptr;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!OO|O:extend", const_cast<char**>(names), handle_type, &handle,
-                                   &inputs, &outputs, &states))
+  static const char* names[] = {"handle", "inputs", "outputs", "states", "ends", nullptr};
+  PyObject *handle, *inputs, *outputs, *states = nullptr, *ends = nullptr;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!OO|OO:extend", const_cast<char**>(names), handle_type, &handle,
+                                   &inputs, &outputs, &states, &ends))
     return nullptr;
   const Locked node(handle);
   if (!node || !node->is_open()) Py_RETURN_FALSE;
-  Step step(inputs, outputs, states, /*repoint=*/false);
+  Step step(inputs, outputs, states, ends, /*repoint=*/false);
   for (const auto& edge : step.edges)
     if (!node->admits(edge)) Py_RETURN_FALSE;
   node->append_inputs(std::move(step.edges));
-  node->append_outputs(node.owner, step.outputs, step.states);
+  node->append_outputs(node.owner, step.outputs, step.states, step.ends);
   Py_RETURN_TRUE;
   END_HANDLE_TH_ERRORS
 }
@@ -486,12 +511,12 @@ PyCFunction with_keywords(PyCFunctionWithKeywords function) {
 }
 PyMethodDef functions[] = {
     {"create", with_keywords(create), METH_VARARGS | METH_KEYWORDS,
-     "create(tape, inputs, outputs, states=(), *, name='SequenceBackward', slack=0, repoint=False) -> Handle\n\n"
-     "A new node: outputs, then states, become its outputs. States are those from which the fused computation goes on\n"
-     "inside: a request for their gradient is refused. slack leaves room for inputs that lie deeper in the graph.\n"
+     "create(tape, inputs, outputs, states=(), ends=(), *, name='SequenceBackward', slack=0, repoint=False) -> Handle\n\n"
+     "A new node: outputs, then states, then ends become its outputs. States are those from which the fused computation\n"
+     "goes on inside: a request for their gradient is refused. Ends become states once a step follows. slack leaves room for inputs that lie deeper in the graph.\n"
      "repoint moves outputs that have a history already to the new node."},
     {"extend", with_keywords(extend), METH_VARARGS | METH_KEYWORDS,
-     "extend(handle, inputs, outputs, states=()) -> bool\n\n"
+     "extend(handle, inputs, outputs, states=(), ends=()) -> bool\n\n"
      "One more step of an open node. False: nothing was changed, a new node is needed."},
     {"tape_of", tape_of, METH_O,
      "tape_of(tensor) -> tape | None\n\nThe tape of the open sequence node the tensor came from."},

@@ -1,0 +1,7 @@
+"""``python -m snn_sparse_backend``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

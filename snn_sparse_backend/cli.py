@@ -1,0 +1,152 @@
+"""The command line: ``python -m snn_sparse_backend {demo,bench,check,build,info}``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .bench import DEFAULT_OUT, DEFAULT_PRESET, PRESET_NAMES
+
+PROGRAM = "snn_sparse_backend"
+# What a missing import is called by pip; anything else that is missing is an error of ours.
+_INSTALL = {
+    "sklearn": "scikit-learn",
+    "matplotlib": "matplotlib",
+    "snntorch": "snntorch",
+    "norse": "--no-deps norse nir nirtorch h5py",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    from .build import BuildError
+
+    args = _parser().parse_args(arguments)
+    try:
+        code: int = args.run(args)
+        return code
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _INSTALL:
+            raise
+        print(f"{PROGRAM} {args.command}: {missing} is not installed: pip install {_INSTALL[missing]}", file=sys.stderr)
+    except BuildError as error:
+        print(f"{PROGRAM} {args.command}: {error}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m {PROGRAM}", description="A sparse, time-fused backward for "
+                                     "snnTorch and Norse.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="train a small network with and without the backend and draw both")
+    demo.add_argument("--library", choices=("snntorch", "norse"), default="snntorch")
+    demo.add_argument("--out", type=Path, metavar="FILE.png", help="the picture (default: demo-LIBRARY.png)")
+    demo.add_argument("--epochs", type=_positive, metavar="N")
+    demo.add_argument("--threads", type=_positive, default=1, metavar="N", help="threads of torch (default: 1)")
+    demo.add_argument("--quick", action="store_true", help="a tiny network: a few seconds")
+    demo.set_defaults(run=_demo)
+
+    bench = commands.add_parser("bench", help="measure against the host library, compiled and not")
+    bench.add_argument("--preset", choices=PRESET_NAMES, default=DEFAULT_PRESET)
+    bench.add_argument("--threads", type=_positive, metavar="N", help="threads of torch (default: torch's own choice)")
+    bench.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR",
+                       help=f"where JSON and picture go (default: {DEFAULT_OUT})")
+    bench.add_argument("--library", choices=("snntorch", "norse"), action="append", help="only this one (default: both)")
+    bench.add_argument("--compile-seconds", type=float, default=120.0, metavar="S",
+                       help="how long torch.compile may take for the baseline; 0: leave it out (default: 120)")
+    bench.set_defaults(run=_bench)
+
+    check = commands.add_parser("check", help="compare the gradients of your own model, dense against sparse")
+    check.add_argument("spec", metavar="FILE.py:FACTORY",
+                       help="a function that returns (model, inputs) or (model, inputs, loss)")
+    check.add_argument("--cutoff", type=float, metavar="B", help="backpropagate only where |U - threshold| < B")
+    check.set_defaults(run=_check)
+
+    build = commands.add_parser("build", help="compile the core now, unless it is in the cache already")
+    build.add_argument("--verbose", action="store_true", help="show what the compiler says")
+    build.set_defaults(run=_build)
+
+    info = commands.add_parser("info", help="versions, configuration, and the state of the core")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return value
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from .demo import run
+
+    out = args.out or Path(f"demo-{args.library}.png")
+    run(args.library, out, epochs=args.epochs, quick=args.quick, threads=args.threads)
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from .bench import run
+
+    run(args.preset, args.out, threads=args.threads, compile_seconds=args.compile_seconds,
+        libraries=tuple(args.library or ("snntorch", "norse")))
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from .equivalence import check_file
+
+    try:
+        report = check_file(args.spec, cutoff=args.cutoff)
+    except ValueError as error:  # a spec or an option that makes no sense
+        print(f"{PROGRAM} check: {error}", file=sys.stderr)
+        return 2
+    print(report)
+    return 0 if report.ok else 1
+
+
+def _build(args: argparse.Namespace) -> int:
+    from .build import build
+
+    for artifact in build(verbose=args.verbose):
+        took = f"compiled in {artifact.seconds:.1f} s" if artifact.seconds else "in the cache already"
+        print(f"{artifact.name}: {took}: {artifact.path}")
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from . import __version__, config
+    from .bench.measure import installed
+    from .build import status
+    from .kernels import instruction_set
+
+    state = status()
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("snn_sparse_backend", __version__)
+    table.add_row("python", sys.version.split()[0])
+    for name in ("torch", "snntorch", "norse"):
+        table.add_row(name, installed(name) or "not installed")
+    table.add_row("configuration", str(config))
+    table.add_row("threads", str(torch.get_num_threads()))
+    table.add_row("compiler", state.compiler.version if state.compiler is not None else "none found")
+    table.add_row("sources", str(state.csrc))
+    table.add_row("cache", str(state.cache))
+    for name, path in state.libraries.items():
+        table.add_row(name, str(path) if path is not None else "not compiled yet")
+    compiled = all(path is not None for path in state.libraries.values())
+    table.add_row("instruction set", instruction_set() if compiled else "known once the core is compiled")
+    for problem in state.problems:
+        table.add_row("problem", problem)
+    Console().print(table, highlight=False)
+    return 0
