@@ -34,6 +34,7 @@ from ..surrogate import NO_GRADIENT
 from . import synapses
 from .adapter import OPTIONS, Adapter, truncate
 from .fallback import mode_problem, report, tensor_problem
+from .plans import PlanCache
 
 LIBRARY = "norse"
 __all__ = ["LI", "LICell", "LIF", "LIFCell"]
@@ -122,8 +123,7 @@ def _is_lif(module: Any) -> bool:
 
 # ---------------------------------------------------------------------------------------------------- plans
 
-# Per module: key, plan, problem, and what the key names by id.
-_plans: weakref.WeakKeyDictionary[Any, tuple[Any, Plan | None, str | None, Any]] = weakref.WeakKeyDictionary()
+_plans = PlanCache()
 
 
 def _plan_of(module: Any, options: Options, shape: torch.Size, x: torch.Tensor, state: Any,
@@ -148,12 +148,14 @@ def _plan_of(module: Any, options: Options, shape: torch.Size, x: torch.Tensor, 
     key = (id(options), shape, dtype, method,
            *((id(t), t._version, t.requires_grad, t.dtype, t.shape) for t in watched),
            *(v for v in (alpha, module.dt) if not isinstance(v, torch.Tensor)))
-    known = _plans.get(module)
-    if known is None or known[0] != key:
-        problem = _parameter_problem(shape, dtype, tensors, alpha)
-        plan = None if problem else _make_plan(module, options, tensors, method, alpha)
-        known = _plans[module] = (key, plan, problem, (options, watched))
-    return known[1], known[2]
+    return _plans.find(module, key, (options, watched),
+                       lambda: _new_plan(module, options, shape, dtype, tensors, method, alpha))
+
+
+def _new_plan(module: Any, options: Options, shape: torch.Size, dtype: torch.dtype, tensors: list[torch.Tensor],
+              method: str, alpha: Any) -> tuple[Plan | None, str | None]:
+    problem = _parameter_problem(shape, dtype, tensors, alpha)
+    return (None if problem else _make_plan(module, options, tensors, method, alpha)), problem
 
 
 def _state_problem(shape: torch.Size, dtype: torch.dtype, state: Any) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from ..recorder import Plan
 from . import synapses
 from .adapter import OPTIONS, Adapter, truncate
 from .fallback import mode_problem, report, tensor_problem
+from .plans import PlanCache
 
 LIBRARY = "snntorch"
 host_forward = snn.Leaky.forward
@@ -94,40 +95,34 @@ def _problem(module: Any, x: torch.Tensor, state: torch.Tensor) -> str | None:
 
 # ---------------------------------------------------------------------------------------------------- plans
 
-@dataclass(frozen=True)
-class _Known:
-    key: tuple[Any, ...]
-    plan: Plan | None
-    problem: str | None
-    alive: tuple[Any, ...]  # the key names these by id, so they must not be freed
-
-
-_plans: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
+_plans = PlanCache()
 
 
 def _plan_of(module: Any, options: Options, x: torch.Tensor) -> tuple[Plan | None, str | None]:
     """The plan of a module, made anew whenever something it depends on changed; or why there is none."""
     own, buffers, parameters = module.__dict__, module._buffers, module._parameters
-    beta, threshold, factor = tensors = [
+    beta, threshold, factor = [
         parameters[n] if n in parameters else buffers.get(n) for n in ("beta", "threshold", "graded_spikes_factor")
     ]
     reset_value = buffers.get("reset_mechanism_val")
     if reset_value is None or beta is None or threshold is None or factor is None:
         return None, "one of its parameters is not an ordinary parameter or buffer"
-    spike_grad = own.get("spike_grad")
+    spike_grad, update = own.get("spike_grad"), own["state_function"]
     key = (
         id(options), x.dtype, x.shape, id(beta), beta._version, beta.requires_grad, id(threshold), threshold._version,
         threshold.requires_grad, id(factor), factor._version, factor.requires_grad, id(spike_grad),
-        constants(spike_grad), id(own["state_function"]), own["reset_delay"],
+        constants(spike_grad), getattr(update, "__func__", None), getattr(update, "__self__", None) is module,
+        own["reset_delay"],
         id(reset_value), reset_value._version, own["inhibition"], bool(own["state_quant"]),
     )
-    known = _plans.get(module)
-    if known is None or known.key != key:
-        problem = _settings_problem(module, x, tensors)
-        plan = None if problem else _make_plan(module, options, tensors)
-        known = _Known(key, plan, problem, (options, *tensors, spike_grad, own["state_function"], reset_value))
-        _plans[module] = known
-    return known.plan, known.problem
+    alive = (options, beta, threshold, factor, spike_grad, reset_value)
+    return _plans.find(module, key, alive, lambda: _new_plan(module, options, x, [beta, threshold, factor]))
+
+
+def _new_plan(module: Any, options: Options, x: torch.Tensor,
+              tensors: list[torch.Tensor]) -> tuple[Plan | None, str | None]:
+    problem = _settings_problem(module, x, tensors)
+    return (None if problem else _make_plan(module, options, tensors)), problem
 
 
 def _settings_problem(module: Any, x: torch.Tensor, tensors: list[torch.Tensor]) -> str | None:

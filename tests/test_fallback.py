@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import re
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -370,3 +372,14 @@ def test_planted_errors_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -
     module, function, plant = PLANTED[name]
     monkeypatch.setattr(module, function, plant(getattr(module, function)))
     assert differences(stock, run(program, on=True, **options), tolerance=1e-5), "the comparison missed it"
+
+
+def test_plans_do_not_keep_modules_alive() -> None:
+    lif = snn.Leaky(0.9)
+    with sparse.enabled("snntorch"):
+        lif(torch.rand(2, 3, requires_grad=True))
+    snn.SpikingNeuron.instances.remove(lif)  # snnTorch's own list of every layer ever made
+    gone = weakref.ref(lif)
+    del lif
+    gc.collect()
+    assert gone() is None
