@@ -18,7 +18,7 @@ class SparseFallbackWarning(UserWarning):
 
 # Ordinary ways of working, not limits of this package: the host's code runs without a word.
 _EXPECTED = ("torch.compile", "torch.jit", "inference mode", "saved-tensor hooks", "a torch.func transform",
-             "forward-mode")
+             "forward-mode", "the input is empty")
 _warned: set[tuple[str, str]] = set()
 _core_problem: list[str | None] = []
 

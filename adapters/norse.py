@@ -48,7 +48,7 @@ def options_of(module: Any) -> Options | None:
     if config.suspended:
         return None
     own = module.__dict__.get(OPTIONS) or config.libraries.get(LIBRARY)
-    return own or (config.defaults if type(module) in _SWAPPED else None)
+    return own or (config.defaults if isinstance(module, _SWAPPED) else None)
 
 
 def _sequence_forward(self: Any, input_tensor: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:

@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--threads", type=_positive, metavar="N", help="threads of torch (default: torch's own choice)")
     bench.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR",
                        help=f"where JSON and picture go (default: {DEFAULT_OUT})")
-    bench.add_argument("--library", choices=("snntorch", "norse"), action="append", help="only this one (default: both)")
+    bench.add_argument("--library", choices=("snntorch", "norse"), action="append", help="only this (default: both)")
     bench.add_argument("--compile-seconds", type=float, default=120.0, metavar="S",
                        help="how long torch.compile may take for the baseline; 0: leave it out (default: 120)")
     bench.set_defaults(run=_bench)

@@ -154,7 +154,8 @@ def _walk(outputs: Iterable[Tensor]) -> tuple[list[Tape], list[Any]]:
         starts.append(tensor.grad_fn)
     found: list[Tape] = []
     ordinary: list[Any] = []
-    unknown, waiting, seen = [], [f for f in starts if f is not None], set()
+    unknown: list[Any] = []
+    waiting, seen = [f for f in starts if f is not None], set()
     while waiting or unknown:
         if not waiting:
             waiting = [f for f in unknown if f in tapes]
@@ -171,7 +172,7 @@ def _walk(outputs: Iterable[Tensor]) -> tuple[list[Tape], list[Any]]:
             unknown.append(function)
             continue
         seen.add(function)
-        edges = [f for f, _ in function.next_functions]
+        edges: list[Any] = [f for f, _ in function.next_functions]
         tape = tapes.get(function)
         if tape is None:
             ordinary.append(function)

@@ -16,8 +16,9 @@ def print_tables(results: dict[str, Any], console: Console) -> None:
     """One table for each case, and where it ran."""
     where = results["environment"]
     console.print(
-        f"{where['date']}, {where['cpu']} ({where['instruction_set']}), {where['threads']} thread(s), {where['dtype']}, "
-        f"Python {where['python']}, torch {where['torch']}, snntorch {where['snntorch']}, norse {where['norse']}",
+        f"{where['date']}, {where['cpu']} ({where['instruction_set']}), {where['threads']} thread(s), "
+        f"{where['dtype']}, Python {where['python']}, torch {where['torch']}, "
+        f"snntorch {where['snntorch']}, norse {where['norse']}",
         highlight=False, soft_wrap=True,
     )
     for case in results["cases"]:
@@ -70,8 +71,8 @@ def _draw(results: dict[str, Any], out: Path) -> None:
     heights = [len(c["variants"]) + 2.5 for c in cases]
     figure, rows = plt.subplots(len(cases), 2, figsize=(13, 0.42 * sum(heights) + 0.8), layout="constrained",
                                 squeeze=False, gridspec_kw={"height_ratios": heights, "width_ratios": (3, 1)})
-    figure.suptitle(f"{where['cpu']} ({where['instruction_set']}), {where['threads']} thread(s), torch {where['torch']}, "
-                    f"{where['date']}")
+    figure.suptitle(f"{where['cpu']} ({where['instruction_set']}), {where['threads']} thread(s), "
+                    f"torch {where['torch']}, {where['date']}")
     for case, (times, memory) in zip(cases, rows, strict=True):
         _draw_times(times, case)
         _draw_memory(memory, case)
@@ -79,7 +80,7 @@ def _draw(results: dict[str, Any], out: Path) -> None:
     plt.close(figure)
 
 
-def _draw_times(axis, case: dict[str, Any]) -> None:  # type: ignore[no-untyped-def]  # matplotlib is optional
+def _draw_times(axis: Any, case: dict[str, Any]) -> None:
     variants, floor = case["variants"], case["gemm_floor_ms"]
     names = [v["name"] for v in variants]
     colours = [_COLOURS["fused" if v["fused"] else "host"] for v in variants]
@@ -98,7 +99,7 @@ def _draw_times(axis, case: dict[str, Any]) -> None:  # type: ignore[no-untyped-
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_memory(axis, case: dict[str, Any]) -> None:  # type: ignore[no-untyped-def]  # matplotlib is optional
+def _draw_memory(axis: Any, case: dict[str, Any]) -> None:
     variants = case["variants"]
     saved = [v["saved_mib"] or 0.0 for v in variants]
     bars = axis.barh([v["name"] for v in variants], saved,

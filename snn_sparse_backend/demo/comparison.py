@@ -30,7 +30,7 @@ class Settings:
     batch: int = 128
     epochs: int = 8
     learning_rate: float = 4e-3
-    rate: float = 0.025
+    rate: float = 0.027
     rate_weight: float = 0.2
     images: int | None = None
     seed: int = 0

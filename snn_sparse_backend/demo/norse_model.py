@@ -27,7 +27,7 @@ class Net(nn.Module):
         self.lif2 = lif(p=parameters)
         self.fc3 = nn.Linear(hidden, classes)
         self.readout = li()
-        with torch.no_grad():  # LIF takes in a tenth of its synaptic current per step: the default weights are too small
+        with torch.no_grad():  # LIF takes in a tenth of its current per step: the default weights are too small
             self.fc1.weight *= 2
             self.fc2.weight *= 2
 

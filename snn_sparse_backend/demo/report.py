@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -54,9 +55,9 @@ def print_table(comparison: Comparison, console: Console) -> None:
                         ("neuron_steps", "neuron_nodes", "synapse_nodes", "weight_gradient_sparse",
                          "input_gradient_sparse", "forward_sparse", "host_steps"))
         console.print(f"fused path, {entrant.name}: {ran}", highlight=False, soft_wrap=True)
-    console.print("Times: medians over all training steps, the contestants in turn within every epoch. Active: sites with "
-                  f"|U - threshold| < {CUTOFF}. Gradient difference: the worst of all parameters, relative, one batch, the "
-                  "same weights; a cutoff changes gradients by design.",
+    console.print("Times: medians over all training steps, the contestants in turn within every epoch. Active: sites "
+                  f"with |U - threshold| < {CUTOFF}. Gradient difference: the worst of all parameters, relative, one "
+                  "batch, the same weights; a cutoff changes gradients by design.",
                   highlight=False, soft_wrap=True)
 
 
@@ -87,10 +88,11 @@ def draw(comparison: Comparison, out: Path) -> None:
     forward, backward = zip(*(times(e) for e in entrants), strict=True)
     steps = [f + b for f, b in zip(forward, backward, strict=True)]
     bars.bar(names, forward, color=COLOURS, width=0.6)
-    tops = bars.bar(names, backward, bottom=forward, color=COLOURS, alpha=0.55, hatch="//", edgecolor="white", width=0.6)
+    hatched: dict[str, Any] = {"alpha": 0.55, "hatch": "//", "edgecolor": "white"}
+    tops = bars.bar(names, backward, bottom=forward, color=COLOURS, width=0.6, **hatched)
     bars.bar_label(tops, [f"{s:.0f} ms\nx{steps[0] / s:.1f}" for s in steps], padding=3)
     bars.bar([0], [0], color="0.4", label="forward")
-    bars.bar([0], [0], color="0.4", alpha=0.55, hatch="//", edgecolor="white", label="backward")
+    bars.bar([0], [0], color="0.4", label="backward", **hatched)
     bars.set(title="One training step, median", ylabel="ms", ylim=(0, max(steps) * 1.2))
     bars.legend()
 
@@ -105,7 +107,7 @@ def draw(comparison: Comparison, out: Path) -> None:
     plt.close(figure)
 
 
-def _draw_raster(axis, comparison: Comparison) -> None:  # type: ignore[no-untyped-def]  # matplotlib is optional
+def _draw_raster(axis: Any, comparison: Comparison) -> None:
     raster, steps = comparison.raster, comparison.settings.steps
     time, image, neuron = raster.nonzero(as_tuple=True)
     axis.scatter((image * steps + time).numpy(), neuron.numpy(), s=1.5, color="black", linewidths=0)
