@@ -99,7 +99,7 @@ class Recorder:
         learns = bool(learned & set(plan.dynamics.needs_membrane))
         self._keep_membrane = learns or (differentiable and not self._keep_active)
         self._keep_current = bool(learned & set(plan.dynamics.needs_current))
-        self._words = (layer.rows, words_of(layer.cols))
+        self._words = torch.empty((layer.rows, words_of(layer.cols)), dtype=torch.int64)
         self._need = layer.rows * layer.words * TILE
         self._arena: torch.Tensor | None = None
         self._used = 0
@@ -115,10 +115,11 @@ class Recorder:
         count = steps or 1
         shape = layer.shape if steps is None else torch.Size((count, *layer.shape))
         block = Block(count, x.shape)
-        finals = [torch.empty(layer.shape, dtype=layer.dtype) for _ in dynamics.states]
-        recorded = [torch.empty(shape, dtype=layer.dtype) for _ in dynamics.states] if record else []
+        data, before = self._ready(x, shape), [self._ready(s, layer.shape) for s in states]
+        finals = [torch.empty_like(before[0]) for _ in dynamics.states]
+        recorded = [torch.empty_like(data) for _ in dynamics.states] if record else []
         if dynamics.spikes or steps is not None:
-            output = torch.empty(shape, dtype=layer.dtype)
+            output = torch.empty_like(data)
         else:
             output = finals[0]  # an integrator returns its state itself
         if dynamics.spikes:
@@ -128,10 +129,9 @@ class Recorder:
             if dynamics.late_reset or (first and dynamics.reset_is_recorded):
                 block.reset = self._raster(count)
         if self._keep_membrane:
-            block.membrane = torch.empty(shape, dtype=layer.dtype)
+            block.membrane = torch.empty_like(data)
         if self._keep_current:
-            block.current = torch.empty(shape, dtype=layer.dtype)
-        data, before = self._ready(x, shape), [self._ready(s, layer.shape) for s in states]
+            block.current = torch.empty_like(data)
         tables: tuple[torch.Tensor | None, ...] = (
             data, output if output is not finals[0] else None, _words(block.raster), _words(block.reset),
             _words(block.active), block.membrane, block.current,
@@ -179,8 +179,9 @@ class Recorder:
         return self._arena, self._used
 
     def _raster(self, steps: int) -> Raster:
-        rows, words = self._words
-        return Raster(torch.empty((steps * rows, words), dtype=torch.int64), self.layer.cols)
+        rows, words = self._words.shape
+        like = torch.empty_like(self._words) if steps == 1 else torch.empty((steps * rows, words), dtype=torch.int64)
+        return Raster(like, self.layer.cols)
 
     def _ready(self, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """The tensor in the layer's dtype, of full shape and contiguous; itself where it is that already."""

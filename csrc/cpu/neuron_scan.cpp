@@ -11,6 +11,7 @@
 #include "../raster.h"
 #include "../surrogates.h"
 #include "kernels.h"
+#include "lanes.h"
 #include "parallel.h"
 
 namespace snn {
@@ -90,9 +91,7 @@ template <class Body> inline void with_lanes(int64_t lanes, Body body) {
 }
 
 template <class T> inline uint64_t pack_lanes(const T* lane, int64_t lanes) {
-  uint64_t word = 0;
-  for (int64_t k = 0; k < lanes; k++) word |= static_cast<uint64_t>(lane[k] != T(0)) << k;
-  return word;
+  return nonzero_lanes(lane) & lane_mask(lanes);
 }
 // Few bits of a raster are set, so setting them one by one beats converting all.
 template <class T> inline void unpack_lanes(uint64_t word, T* lane) {
@@ -114,7 +113,7 @@ typename N::T* forward_unit(const SnnNeuronForward& a, int64_t step, const Unit&
   const T* x = static_cast<const T*>(a.input[step]) + base;
   const T low = bound<T>(a.layer.surrogate.low), high = bound<T>(a.layer.surrogate.high);
   par.load(a.layer, unit);
-  T state[N::States][64], output[64], u[64], current[64], spike[64], reset[64], active[64];
+  T state[N::States][64], output[64], u[64], current[64], spike[64] = {}, reset[64] = {}, active[64] = {};
   for (int i = 0; i < N::States; i++)
     copy_lanes(static_cast<const T*>(step ? a.state_out[i] : a.state_in[i]) + base, state[i], lanes);
   with_lanes(lanes, [&](auto count) {
@@ -143,7 +142,7 @@ typename N::T* forward_unit(const SnnNeuronForward& a, int64_t step, const Unit&
     if (uint64_t* out = entry(a.reset, step)) out[unit.index] = pack_lanes(reset, count);
     if (uint64_t* out = entry(a.active, step)) {
       out[unit.index] = pack_lanes(active, count);
-      for_each_bit(out[unit.index], [&](int k) { *values++ = u[k]; });
+      values = append_lanes(u, out[unit.index], values);
     }
   });
   return values;
@@ -260,8 +259,9 @@ template <class N, bool Learn> class BackwardTask {
   void spike_gradient(int64_t step, const Unit& unit, int64_t offset, const T* at_active,
                       const T* const* outside, SiteLanes<T>& site, T* output, T* phi) {
     const uint64_t* active = entry(a_.active, step);
-    if (at_active)
-      for_each_bit(active[unit.index], [&, value = at_active + offset](int k) mutable { output[k] += *value++; });
+    if (at_active) at_active += offset;
+    if (at_active && (Learn || entry<T>(a_.membrane, step)))
+      for_each_bit(active[unit.index], [&, value = at_active](int k) mutable { output[k] += *value++; });
     if (entry<T>(a_.membrane, step)) {
       T x[64], upstream[64];
       with_lanes(unit.lanes, [&](auto count) {
@@ -278,9 +278,11 @@ template <class N, bool Learn> class BackwardTask {
     int64_t count = 0;
     for_each_bit(active[unit.index], [&](int k) {
       const typename N::Parameters p = par_.at(k);
+      Gradient g = total(output, k, unit, outside);
+      if (!Learn && at_active) g.output += at_active[count];
       site.u[k] = value[count];
       x[count] = site.u[k] - p.threshold;
-      upstream[count++] = N::upstream(p, site.at(k), total(output, k, unit, outside));
+      upstream[count++] = N::upstream(p, site.at(k), g);
     });
     apply_surrogate(a_.layer.surrogate, x, upstream, packed, count);
     std::fill(phi, phi + 64, T(0));

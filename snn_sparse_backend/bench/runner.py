@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from .. import enabled
-from ..memory import host_saved_bytes, layer_outputs, saved_bytes
+from ..memory import host_saved_bytes, layer_outputs, saved_by_kind
 from .compiled import KINDS, compiled_loss, problem_with
 from .measure import (
+    MIB,
     Activity,
     activities,
     counted,
@@ -75,18 +76,23 @@ class Variant:
         loss: runs the forward pass.
         scope: what is switched on meanwhile.
         fused_steps: time steps of neuron layers that have to be fused in one training step, the proof of the path.
-        measure: gives the bytes kept for backward, where that can be measured.
+        measure: gives the bytes kept for backward, by kind, where that can be measured.
     """
 
     name: str
     loss: Callable[[], Tensor]
     scope: Callable[[], AbstractContextManager[None]] = nullcontext
     fused_steps: int = 0
-    measure: Callable[[], int] | None = None
+    measure: Callable[[], dict[str, int]] | None = None
     seconds: list[tuple[float, float]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
-    saved: int | None = None
+    saved_by_kind: dict[str, int] | None = None
     gradient_difference: float | None = None
+
+    @property
+    def saved(self) -> int | None:
+        """Bytes kept for backward, None if they were not measured."""
+        return sum(self.saved_by_kind.values()) if self.saved_by_kind is not None else None
 
 
 @dataclass
@@ -125,7 +131,7 @@ def _figures(variant: Variant, host: Variant) -> dict[str, Any]:
         "name": variant.name, **{f"{k}_ms": v for k, v in ours.items()},
         "rounds_ms": [[round(f * 1e3, 3), round(b * 1e3, 3)] for f, b in variant.seconds],
         "speedup_backward": theirs["backward"] / ours["backward"], "speedup_step": theirs["step"] / ours["step"],
-        "saved_mib": variant.saved / 2**20 if variant.saved is not None else None,
+        "saved_mib": variant.saved / MIB if variant.saved is not None else None, "saved_bytes": variant.saved_by_kind,
         "saved_ratio": host.saved / variant.saved if variant.saved and host.saved else None,
         "gradient_difference": variant.gradient_difference, "fused": variant.fused_steps > 0,
         "counts": dict(variant.counts),
@@ -151,9 +157,11 @@ def run_case(case: Case, compile_seconds: float) -> Outcome:
     bar = tqdm(total=len(variants) * (case.rounds + 1), desc=case.name, unit="step", dynamic_ncols=True)
     with bar:
         densities = _first_round(variants, host, bar)
+        products = _Products(host, case.steps * case.batch)
+        products.seconds()
         gemm: list[tuple[float, float]] = []
         for _ in range(case.rounds):
-            gemm.append(_gemm_seconds(host, case, x))
+            gemm.append(products.seconds())
             for variant in variants:
                 bar.set_postfix_str(variant.name)
                 variant.seconds.append(_time_step(variant, host))
@@ -169,7 +177,7 @@ def _snntorch_variants(case: Case, x: Tensor, labels: Tensor, compile_seconds: f
     def loss() -> Tensor:
         return F.cross_entropy(net(x), labels)
 
-    variants = [Variant("snnTorch", loss, measure=lambda: host_saved_bytes(loss, [x]))]
+    variants = [Variant("snnTorch", loss, measure=lambda: {"saved": host_saved_bytes(loss, [x])})]
     for kind in KINDS:
         problem = problem_with(kind, case.sizes, case.steps, case.batch, compile_seconds)
         name = f"snnTorch, compiled {kind}"
@@ -198,7 +206,7 @@ def _norse_variants(case: Case, x: Tensor, labels: Tensor) -> tuple[NorseNet, li
             return F.cross_entropy(model(x), labels)
 
         if options is None:
-            return Variant(name, loss, measure=lambda: host_saved_bytes(loss, [x]))
+            return Variant(name, loss, measure=lambda: {"saved": host_saved_bytes(loss, [x])})
         fused = case.steps * (len(case.sizes) - 1)
         return Variant(name, loss, lambda: norse_defaults(**options), fused, lambda: _kept(loss, x))
 
@@ -208,10 +216,10 @@ def _norse_variants(case: Case, x: Tensor, labels: Tensor) -> tuple[NorseNet, li
     return net, variants
 
 
-def _kept(loss: Callable[[], Tensor], x: Tensor) -> int:
+def _kept(loss: Callable[[], Tensor], x: Tensor) -> dict[str, int]:
     with layer_outputs() as made:
         result = loss()
-    return saved_bytes([result, *made], [x])
+    return saved_by_kind([result, *made], [x])
 
 
 def _first_round(variants: list[Variant], host: nn.Module, bar: tqdm) -> list[Activity]:
@@ -231,7 +239,7 @@ def _first_round(variants: list[Variant], host: nn.Module, bar: tqdm) -> list[Ac
         reference = reference or found
         variant.gradient_difference = worst_difference(reference, found)
         with variant.scope():
-            variant.saved = variant.measure() if variant.measure is not None else None
+            variant.saved_by_kind = variant.measure() if variant.measure is not None else None
             if variant.fused_steps:
                 with layer_outputs() as made:
                     result = variant.loss()
@@ -251,20 +259,28 @@ def _time_step(variant: Variant, host: nn.Module) -> tuple[float, float]:
         return middle - start, perf_counter() - middle
 
 
-@torch.no_grad()
-def _gemm_seconds(host: SnntorchNet | NorseNet, case: Case, x: Tensor) -> tuple[float, float]:
-    """The bare dense products of the network over all time steps: what no dense implementation can beat."""
-    forward = backward = 0.0
-    for i, linear in enumerate(host.linears):
-        assert isinstance(linear, nn.Linear)
-        given = x.flatten(0, 1) if i == 0 else torch.rand(case.steps * case.batch, linear.in_features)
-        grad = torch.rand(case.steps * case.batch, linear.out_features)
+class _Products:
+    """The bare dense products of a network over all time steps, by ``torch.mm`` as the host library would do them.
+
+    Operands and results are made once, so that only the products are timed.
+    """
+
+    def __init__(self, host: SnntorchNet | NorseNet, rows: int) -> None:
+        self.layers = []
+        for linear in host.linears:
+            assert isinstance(linear, nn.Linear)
+            weight = linear.weight.detach()
+            given, current = torch.rand(rows, weight.shape[1]), torch.rand(rows, weight.shape[0])
+            self.layers.append((weight, given, current, torch.empty_like(weight), torch.empty_like(given)))
+
+    def seconds(self) -> tuple[float, float]:
+        """Of the forward products, and of those for the gradients of the weights and of the hidden spikes."""
         start = perf_counter()
-        given @ linear.weight.t()
+        for weight, given, current, _, _ in self.layers:
+            torch.mm(given, weight.t(), out=current)
         middle = perf_counter()
-        grad.t() @ given
-        if i > 0:
-            grad @ linear.weight
-        forward += middle - start
-        backward += perf_counter() - middle
-    return forward, backward
+        for i, (weight, given, current, grad_weight, grad_given) in enumerate(self.layers):
+            torch.mm(current.t(), given, out=grad_weight)
+            if i > 0:
+                torch.mm(current, weight, out=grad_given)
+        return middle - start, perf_counter() - middle
