@@ -47,6 +47,24 @@ inline double* append_lanes(const double* lane, uint64_t word, double* out) {
   return out;
 }
 
+// The inverse: the lanes whose bit is set take the next packed values, the others 0. Reads up to 64 packed values.
+inline const float* expand_lanes(const float* packed, uint64_t word, float* lane) {
+  for (int i = 0; i < 4; i++) {
+    const __mmask16 mask = static_cast<__mmask16>(word >> (16 * i));
+    _mm512_storeu_ps(lane + 16 * i, _mm512_maskz_expand_ps(mask, _mm512_loadu_ps(packed)));
+    packed += count_bits(mask);
+  }
+  return packed;
+}
+inline const double* expand_lanes(const double* packed, uint64_t word, double* lane) {
+  for (int i = 0; i < 8; i++) {
+    const __mmask8 mask = static_cast<__mmask8>(word >> (8 * i));
+    _mm512_storeu_pd(lane + 8 * i, _mm512_maskz_expand_pd(mask, _mm512_loadu_pd(packed)));
+    packed += count_bits(mask);
+  }
+  return packed;
+}
+
 #else
 
 #if defined(__AVX2__)
@@ -77,6 +95,11 @@ template <class T> inline uint64_t nonzero_lanes(const T* lane) {
 template <class T> inline T* append_lanes(const T* lane, uint64_t word, T* out) {
   for_each_bit(word, [&](int k) { *out++ = lane[k]; });
   return out;
+}
+template <class T> inline const T* expand_lanes(const T* packed, uint64_t word, T* lane) {
+  for (int k = 0; k < 64; k++) lane[k] = T(0);
+  for_each_bit(word, [&](int k) { lane[k] = *packed++; });
+  return packed;
 }
 
 #endif

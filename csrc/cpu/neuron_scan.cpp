@@ -202,7 +202,8 @@ template <class N, bool Learn> class BackwardTask {
 
  public:
   BackwardTask(const SnnNeuronBackward& a, int64_t first, int64_t last)
-      : a_(a), first_(first), last_(last), par_(a.layer), carry_(64 * (last - first) * N::States) {
+      : a_(a), first_(first), last_(last), par_(a.layer), carry_(64 * (last - first) * N::States),
+        packed_(2 * 64 * (last - first) + 64) {
     std::fill(carry_.get(), carry_.get() + 64 * (last - first) * N::States, T(0));
   }
 
@@ -211,8 +212,15 @@ template <class N, bool Learn> class BackwardTask {
     for (int64_t step = a_.steps - 1; step >= 0; step--) {
       int64_t offset = offsets[step];
       const uint64_t* active = entry(a_.active, step);
+      const T* packed = pack_spike_gradients(step, offset);
       for (Unit unit(a_.layer, first_); unit.index < last_; unit.next()) {
-        backward_unit(step, unit, offset);
+        if (packed) {
+          T phi[64];
+          packed = expand_lanes(packed, active[unit.index], phi);
+          backward_unit(step, unit, offset, phi);
+          continue;
+        }
+        backward_unit(step, unit, offset, nullptr);
         if (active) offset += count_bits(active[unit.index]);
       }
     }
@@ -255,6 +263,27 @@ template <class N, bool Learn> class BackwardTask {
     return g;
   }
 
+  // The common case of the sparse backward: gradients at the active sites only, and nothing else that phi depends on.
+  // Then phi of all active sites of the task is one run of values, computed at once. Null where it is not so simple.
+  const T* pack_spike_gradients(int64_t step, int64_t offset) {
+    const T* at_active = entry<T>(a_.grad_active, step);
+    const bool simple = N::Spikes && !N::InnerSpikeGradient && !Learn && par_.scalar && at_active &&
+                        a_.layer.surrogate.kind != kZeroDerivative && !entry<T>(a_.grad_output, step) &&
+                        !entry<T>(a_.membrane, step);
+    if (!simple) return nullptr;
+    const uint64_t* active = entry(a_.active, step);
+    const T* value = static_cast<const T*>(a_.values[step]) + offset;
+    const int64_t count = raster_count({active + first_, last_ - first_});
+    const typename N::Parameters p = par_.at(0);
+    T *x = packed_.get(), *upstream = x + 64 * (last_ - first_);
+    for (int64_t k = 0; k < count; k++) {
+      x[k] = value[k] - p.threshold;
+      upstream[k] = N::upstream(p, Site<T>{}, Gradient{at_active[offset + k], {}});
+    }
+    apply_surrogate(a_.layer.surrogate, x, upstream, x, count);
+    return x;
+  }
+
   // phi = surrogate derivative times the gradient that arrives at the spike decision
   void spike_gradient(int64_t step, const Unit& unit, int64_t offset, const T* at_active,
                       const T* const* outside, SiteLanes<T>& site, T* output, T* phi) {
@@ -289,12 +318,13 @@ template <class N, bool Learn> class BackwardTask {
     for_each_bit(active[unit.index], [&, next = packed](int k) mutable { phi[k] = *next++; });
   }
 
-  void backward_unit(int64_t step, const Unit& unit, int64_t offset) {
+  // known: phi, where it was computed already
+  void backward_unit(int64_t step, const Unit& unit, int64_t offset, const T* known) {
     const int64_t lanes = unit.lanes;
     par_.load(a_.layer, unit);
     SiteLanes<T> site;
     load_sites(step, unit, site);
-    T output[64], phi[64], before[64], input[64];
+    T output[64], computed[64], before[64];
     const T *dense = entry<T>(a_.grad_output, step), *at_active = entry<T>(a_.grad_active, step);
     const T* outside[N::States];
     for (int i = 0; i < N::States; i++) {
@@ -303,20 +333,23 @@ template <class N, bool Learn> class BackwardTask {
     }
     if (dense)
       copy_lanes(dense + unit.base, output, lanes);
-    else
+    else if (!known)
       std::fill(output, output + 64, T(0));
     // An output nobody uses sends no gradient at all (not zeros: 0 times an infinite derivative would be NaN).
     const bool wanted = dense || at_active || N::InnerSpikeGradient;
-    if (N::Spikes && a_.layer.surrogate.kind != kZeroDerivative && wanted)
-      spike_gradient(step, unit, offset, at_active, outside, site, output, phi);
-    else
-      std::fill(phi, phi + 64, T(0));
+    if (!known && N::Spikes && a_.layer.surrogate.kind != kZeroDerivative && wanted)
+      spike_gradient(step, unit, offset, at_active, outside, site, output, computed);
+    else if (!known)
+      std::fill(computed, computed + 64, T(0));
+    const T* phi = known ? known : computed;
     if (Learn) load_before(step, unit, before);
     T* sums[N::Count];
     for (int p = 0; Learn && p < N::Count; p++) {
       sums[p] = static_cast<T*>(a_.grad_parameters[p]);
       if (sums[p]) sums[p] += unit.base;
     }
+    T unwanted[64], *input = static_cast<T*>(a_.grad_input);
+    input = input ? input + step * a_.layer.rows * a_.layer.cols + unit.base : unwanted;
     with_lanes(lanes, [&](auto count) {
       for (int64_t k = 0; k < count; k++) {
         const Gradients<T, N::States, N::Count> r =
@@ -327,14 +360,12 @@ template <class N, bool Learn> class BackwardTask {
           if (sums[p]) sums[p][k] += r.parameters[p];
       }
     });
-    if (T* out = static_cast<T*>(a_.grad_input))
-      copy_lanes(input, out + step * a_.layer.rows * a_.layer.cols + unit.base, lanes);
   }
 
   const SnnNeuronBackward& a_;
   const int64_t first_, last_;
   ParameterLanes<N> par_;
-  Scratch<T> carry_;
+  Scratch<T> carry_, packed_;
 };
 
 template <class N> int64_t backward(const SnnNeuronBackward& a) {
