@@ -36,6 +36,8 @@ def run(preset: str = DEFAULT_PRESET, out: Path = DEFAULT_OUT, threads: int | No
     finally:
         torch.set_num_threads(before)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)  # a file has no width of its own: nothing is cut
     print_tables(results, console)
     for path in write(results, out):
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)

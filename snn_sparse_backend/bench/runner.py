@@ -154,7 +154,7 @@ def run_case(case: Case, compile_seconds: float) -> Outcome:
     else:
         host, variants = _norse_variants(case, x, labels)
     factors = calibrate(host, x)
-    bar = tqdm(total=len(variants) * (case.rounds + 1), desc=case.name, unit="step", dynamic_ncols=True)
+    bar = tqdm(total=len(variants) * (case.rounds + 1), desc=case.name, unit="step", dynamic_ncols=True, disable=None)
     with bar:
         densities = _first_round(variants, host, bar)
         products = _Products(host, case.steps * case.batch)
