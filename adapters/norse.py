@@ -81,7 +81,7 @@ def _forward(self: Any, host: Any, x: torch.Tensor, state: Any, sequence: bool) 
         return host(self, x, state)
     if type(self) in _SWAPPED:
         synapses.switch("norse classes", True)
-    synapses.learn_source(x, options)
+    synapses.learn_source(x, self, options_of)
     record = sequence and self.record_states
     result = run_neuron(plan, x, [state.v, state.i], x.shape[0] if sequence else None, record)
     v, i = result.recorded if record else result.finals

@@ -63,7 +63,7 @@ def leaky_forward(self: Any, input_: torch.Tensor, mem: torch.Tensor | None = No
         state = torch.zeros_like(input_, device=state.device)
     if not (input_.requires_grad or state.requires_grad or any(p.requires_grad for p in plan.parameters)):
         return host_forward(self, input_, mem)
-    synapses.learn_source(input_, options)
+    synapses.learn_source(input_, self, options_of)
     result = run_neuron(plan, input_, [state])
     spk, new = result.output, result.finals[0]
     if not options.fuse_steps and not plan.dynamics.late_reset:

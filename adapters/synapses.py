@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,8 +17,9 @@ from ..tapes import TAG, SourceTag, tag_of
 from .fallback import mode_problem, tensor_problem
 
 host_forward = nn.Linear.forward
-# Synapses that were seen to feed a neuron, with the options of that neuron.
-_feeding: weakref.WeakKeyDictionary[nn.Module, Options] = weakref.WeakKeyDictionary()
+OptionsOf = Callable[[Any], Options | None]
+# Synapses that were seen to feed a neuron: that neuron, and how to ask for the options in force for it.
+_feeding: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[nn.Module], OptionsOf]] = weakref.WeakKeyDictionary()
 
 
 def linear_forward(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
@@ -25,7 +28,7 @@ def linear_forward(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
         return host_forward(self, input)
     tag = tag_of(input) if type(input) is torch.Tensor else None
     owner = tag.tape() if tag is not None else None
-    options = owner.plan.options if isinstance(owner, NeuronTape) else _feeding.get(self)
+    options = owner.plan.options if isinstance(owner, NeuronTape) else _options_of(self)
     if options is None:
         output = host_forward(self, input)
         if type(self) is nn.Linear and output.requires_grad and type(output) is torch.Tensor:
@@ -47,12 +50,19 @@ def _eligible(module: nn.Linear, x: torch.Tensor) -> bool:
     return bool(x.numel() and weight.numel()) and tensor_problem(x, weight) is None and mode_problem() is None
 
 
-def learn_source(current: torch.Tensor, options: Options) -> None:
+def _options_of(synapse: nn.Linear) -> Options | None:
+    """Options in force for the neuron that a synapse feeds; None if it is not known to feed one."""
+    known = _feeding.get(synapse)
+    neuron = known[0]() if known is not None else None
+    return known[1](neuron) if known is not None and neuron is not None else None
+
+
+def learn_source(current: torch.Tensor, neuron: nn.Module, options_of: OptionsOf) -> None:
     """Remembers the synapse that made a neuron's input, so that its next calls are recorded."""
     tag = getattr(current, TAG, None)
     module = tag.module() if isinstance(tag, SourceTag) else None
     if module is not None:
-        _feeding[module] = options
+        _feeding[module] = weakref.ref(neuron), options_of
 
 
 _users: set[str] = set()
@@ -65,5 +75,3 @@ def switch(user: str, on: bool) -> None:
     else:
         _users.discard(user)
     nn.Linear.forward = linear_forward if _users else host_forward  # type: ignore[method-assign]
-    if not _users:
-        _feeding.clear()

@@ -51,7 +51,7 @@ class Step:
     """One call of the synapse."""
 
     entry: Entry
-    input: torch.Tensor | None  # as autograd knows it, where a gradient flows to it
+    input: torch.Tensor | None  # as autograd knows it, where a gradient flows to it and the step may have to move
     shape: torch.Size  # of the input
     rows: int
     spikes: tuple[weakref.ref[NeuronTape], int] | None  # the neuron block whose untouched output the input is
@@ -130,7 +130,8 @@ class SynapseTape(Tape):
             current = host() if current is None else current
         if current._is_view():  # autograd must be able to give it a history of its own
             current = current.detach()
-        self.current, self.current_version = current.detach(), current._version
+        if current.dim() <= 2:  # one time step, which may come again
+            self.current, self.current_version = current.detach(), current._version
         return current
 
     def _sparse_currents(self, x: torch.Tensor, entry: Entry) -> torch.Tensor | None:
@@ -150,15 +151,15 @@ class SynapseTape(Tape):
             self.product = kernels.SynapseForward(self.weight.detach(), bias)
         return self.product
 
-    def attach(self, current: torch.Tensor, step: Step) -> bool:
+    def attach(self, x: torch.Tensor | None, current: torch.Tensor, step: Step) -> bool:
         """Makes ``current`` an output of this tape's node; False if the order of the graph forbids it."""
         node = load_node()
         if self.handle is None:
-            self.handle = node.create(self, [self.weight, self.bias, step.input], [current],
+            self.handle = node.create(self, [self.weight, self.bias, x], [current],
                                       name="SparseSynapseBackward", slack=TOPOLOGICAL_SLACK,
                                       repoint=current.requires_grad)
             counts["synapse_nodes"] += 1
-        elif not node.extend(self.handle, [step.input], [current]):
+        elif not node.extend(self.handle, [x], [current]):
             return False
         self.steps.append(step)
         return True
@@ -170,7 +171,7 @@ class SynapseTape(Tape):
             return None
         fresh = SynapseTape(module, self.options, None)
         fresh.weight, fresh.bias, fresh.versions, fresh.product = self.weight, self.bias, self.versions, self.product
-        fresh.attach(current, self.steps[index])
+        fresh.attach(self.steps[index].input, current, self.steps[index])
         if index == len(self.steps) - 1:
             fresh.latest, fresh.current, fresh.current_version = self.latest, self.current, self.current_version
         _unowned[module] = weakref.ref(fresh)
@@ -300,11 +301,13 @@ def run_synapse(module: nn.Linear, options: Options, host: Any, x: torch.Tensor,
     current = tape.currents(host, x, entry)
     direct = owner is not None and tag is not None and load_node().tape_of(x) is owner
     spikes = (weakref.ref(owner), tag.block) if owner is not None and tag is not None and direct else None
-    step = Step(entry, x if x.requires_grad else None, x.shape, current.numel() // current.shape[-1], spikes)
-    if not tape.attach(current, step):
+    # Only an unowned step may have to move; the spikes of an owner need not be kept as floats.
+    movable = x if owner is None and x.requires_grad else None
+    step = Step(entry, movable, x.shape, current.numel() // current.shape[-1], spikes)
+    if not tape.attach(x, current, step):
         tape = SynapseTape(module, options, owner)
-        tape.attach(current, step)
-    tape.latest = x
+        tape.attach(x, current, step)
+    tape.latest = x if x.dim() <= 2 else None  # a whole sequence does not come again, and would be kept
     counts["synapse_steps"] += 1
     open_tapes[key] = weakref.ref(tape)
     return current
