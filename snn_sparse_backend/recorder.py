@@ -175,6 +175,8 @@ class Recorder:
     def _room(self) -> tuple[torch.Tensor, int]:
         """An arena with room for the compressed membranes of at least one more step, and how much of it is used."""
         if self._arena is None or self._arena.numel() - self._used < self._need:
+            if self._arena is not None:  # full: give back the room that was only there for the worst case
+                self._arena.untyped_storage().resize_(self._used * self.layer.dtype.itemsize)
             self._arena, self._used = torch.empty(2 * self._need, dtype=self.layer.dtype), 0
         return self._arena, self._used
 
