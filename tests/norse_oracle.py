@@ -42,6 +42,8 @@ def assert_gradients(expected: Sequence[Tensor | None], found: Sequence[Tensor |
         assert (a is None) == (b is None), f"gradient of {name}: stock {a}, sparse {b}"
         if a is not None and b is not None:
             error = relative_error(a, b)
+            if name == rounded and (a - b).norm().item() < torch.finfo(torch.float32).tiny:
+                continue  # too small for float32: Norse rounded it to 0
             tolerance = TOLERANCE[torch.float32 if name == rounded else a.dtype]
             assert error <= tolerance, f"gradient of {name}: {error:.2e}\n{a}\n{b}"
 
