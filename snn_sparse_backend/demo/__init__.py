@@ -39,6 +39,8 @@ def run(library: str, out: Path, epochs: int | None = None, quick: bool = False,
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a file has no width of its own: nothing is cut
     try:
         comparison = compare(library, settings)
         print_table(comparison, console)

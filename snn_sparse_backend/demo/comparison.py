@@ -130,7 +130,7 @@ def compare(library: str, settings: Settings) -> Comparison:
 
 def _train_all(entrants: list[Contestant], data: Digits, test: Tensor, loss_of: Loss, settings: Settings) -> None:
     per_epoch = -(-len(data.train[1]) // settings.batch)
-    with tqdm(total=settings.epochs * per_epoch * len(entrants), unit="step", dynamic_ncols=True) as bar:
+    with tqdm(total=settings.epochs * per_epoch * len(entrants), unit="step", dynamic_ncols=True, disable=None) as bar:
         for epoch in range(settings.epochs):
             for entrant in entrants:
                 bar.set_description(f"epoch {epoch + 1}/{settings.epochs}, {entrant.name}")
