@@ -383,3 +383,20 @@ def test_plans_do_not_keep_modules_alive() -> None:
     del lif
     gc.collect()
     assert gone() is None
+
+
+def test_tensors_on_another_device_do_what_the_host_does() -> None:
+    def outcome(on_meta: str) -> str:
+        lif, device = snn.Leaky(0.9), {"input": "cpu", "membrane": "cpu", on_meta: "meta"}
+        x = torch.rand(2, 3, device=device["input"], requires_grad=True)
+        try:
+            spk, mem = lif(x, torch.rand(2, 3, device=device["membrane"]))
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return f"{spk.device} {mem.device}"
+
+    for on_meta in ("input", "membrane"):
+        fallback.forget_warnings()
+        stock = outcome(on_meta)
+        with sparse.enabled("snntorch"), pytest.warns(SparseFallbackWarning, match="tensors on meta are not supported"):
+            assert outcome(on_meta) == stock
