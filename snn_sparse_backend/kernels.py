@@ -17,7 +17,7 @@ import torch
 from .abi import CONSTANTS, STRUCTS, SURROGATES
 from .build import load_core
 from .dynamics import Dynamics
-from .raster import Raster
+from .raster import Raster, words_of
 from .surrogate import Surrogate
 
 DTYPES = {torch.float32: CONSTANTS["kFloat32"], torch.float64: CONSTANTS["kFloat64"]}
@@ -256,7 +256,7 @@ class Layer:
         self.dynamics, self.surrogate, self.shape, self.dtype = dynamics, surrogate, shape, dtype
         self.rows = shape[0] if len(shape) > 1 else 1
         self.cols = shape.numel() // self.rows if self.rows else int(torch.Size(shape[1:]).numel())
-        self.words = Raster.empty(0, self.cols).words.shape[1]
+        self.words = words_of(self.cols)
         self.parameters = [self._broadcast(p.to(dtype)) for p in parameters]
         kind = SURROGATES["k" + surrogate.kind]
         self.struct = STRUCTS["SnnLayer"](

@@ -160,12 +160,12 @@ class NeuronTape(Tape):
                        result: list[torch.Tensor | None], first_input: int, task: int) -> None:
         """Hands the gradients of the inputs to the synapse that made them all, or else to autograd."""
         rows = self.layer.rows
-        sources = {id(b.source[0]()) for b in blocks if b.source is not None}
-        synapse = blocks[0].source[0]() if blocks[0].source is not None else None
-        direct = synapse is not None and len(sources) == 1 and all(b.source is not None for b in blocks)
-        if synapse is not None and direct and all(needs[: len(blocks)]) and not synapse.observed():
-            synapse.deliver(Delivery(task, [b.source[1] for b in blocks if b.source is not None], dense=grad))
-            return
+        sources = [b.source for b in blocks if b.source is not None]
+        synapse = sources[0][0]() if len(sources) == len(blocks) else None
+        if synapse is not None and all(s[0]() is synapse for s in sources) and all(needs[: len(blocks)]):
+            if not synapse.observed():
+                synapse.deliver(Delivery(task, [s[1] for s in sources], dense=grad))
+                return
         first = 0
         for i, block in enumerate(blocks):
             if needs[i]:

@@ -14,7 +14,7 @@ from .config import Options
 from .counters import counts
 from .dynamics import Dynamics
 from .kernels import TILE, ForwardScan, Layer, step_pointers
-from .raster import Raster, words_of
+from .raster import Raster
 from .surrogate import Surrogate
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Recorder:
         learns = bool(learned & set(plan.dynamics.needs_membrane))
         self._keep_membrane = learns or (differentiable and not self._keep_active)
         self._keep_current = bool(learned & set(plan.dynamics.needs_current))
-        self._words = torch.empty((layer.rows, words_of(layer.cols)), dtype=torch.int64)
+        self._words = torch.empty((layer.rows, layer.words), dtype=torch.int64)
         self._need = layer.rows * layer.words * TILE
         self._arena: torch.Tensor | None = None
         self._used = 0

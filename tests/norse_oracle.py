@@ -12,6 +12,7 @@ import norse.torch as stock
 import pytest
 import torch
 from norse.torch.functional import lif as lif_functional
+from oracle import cut
 from snn_sparse_backend.adapters import norse as swapped
 from snn_sparse_backend.adapters import synapses
 from snn_sparse_backend.adapters.fallback import forget_warnings
@@ -81,26 +82,12 @@ def clean_slate(**options: Any) -> Iterator[None]:
         synapses.switch("norse classes", False)
 
 
-class _Cut(torch.autograd.Function):
-    """The identity, with the derivative ``1[|x| < cutoff]``."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cutoff: float) -> Tensor:
-        ctx.save_for_backward(x.abs() < cutoff)
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (near,) = ctx.saved_tensors
-        return torch.where(near, grad, torch.zeros_like(grad)), None
-
-
 @contextmanager
 def threshold_cut_at(cutoff: float | None) -> Iterator[None]:
     """Norse's own LIF step with its threshold derivative multiplied by ``1[|u - v_th| < cutoff]``."""
     original = lif_functional.threshold
     if cutoff is not None:
-        lif_functional.threshold = lambda x, method, alpha: original(_Cut.apply(x, cutoff), method, alpha)
+        lif_functional.threshold = lambda x, *how: cut(lambda y: original(y, *how), cutoff)(x)
     try:
         yield
     finally:

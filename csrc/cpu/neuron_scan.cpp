@@ -2,7 +2,6 @@
 // lanes of vectors. Compiled without contraction of multiply and add: membrane and spikes must equal the host's.
 #include <algorithm>
 #include <cstring>
-#include <type_traits>
 #include <vector>
 
 #include "../neurons/leaky.h"
