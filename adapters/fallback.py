@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from ..build import BuildError, load_core, load_node
+from ..build import BuildError, load_core, load_cuda, load_node
 from ..compat.torch_modes import host_only, plain_tensor
 from ..counters import counts
 
@@ -20,39 +21,47 @@ class SparseFallbackWarning(UserWarning):
 _EXPECTED = ("torch.compile", "torch.jit", "inference mode", "saved-tensor hooks", "a torch.func transform",
              "forward-mode", "the input is empty")
 _warned: set[tuple[str, str]] = set()
-_core_problem: list[str | None] = []
+_problems: dict[str, str | None] = {}
+
+
+def _load_problem(what: str, *loads: Callable[[], Any]) -> str | None:
+    """Why a compiled library cannot be used, or None; it is compiled at the first call."""
+    if what not in _problems:
+        try:
+            for load in loads:
+                load()
+            _problems[what] = None
+        except (BuildError, OSError, ImportError) as error:
+            _problems[what] = f"{what} not available: {error}"
+    return _problems[what]
 
 
 def core_problem() -> str | None:
-    """Why the compiled core cannot be used, or None; compiles it at the first call."""
-    if not _core_problem:
-        try:
-            load_core()
-            load_node()
-            _core_problem.append(None)
-        except (BuildError, OSError, ImportError) as error:
-            _core_problem.append(f"the compiled core is not available: {error}")
-    return _core_problem[0]
+    """Why the compiled core cannot be used, or None."""
+    return _load_problem("the compiled core is", load_core, load_node)
 
 
-def tensor_problem(*tensors: torch.Tensor) -> str | None:
-    """Why tensors cannot go through the kernels, or None."""
-    for tensor in tensors:
-        if tensor.is_cpu and plain_tensor(tensor) and tensor.layout is torch.strided and not tensor.is_inference():
-            continue
+def tensor_problem(x: torch.Tensor, *others: torch.Tensor) -> str | None:
+    """Why tensors cannot go through the kernels together, or None. The others may be scalars on the CPU."""
+    for tensor in (x, *others):
         if not plain_tensor(tensor):
             return f"tensors of type {type(tensor).__name__} are not supported"
-        if tensor.device.type != "cpu":
-            return f"tensors on {tensor.device.type} are not supported yet, only the CPU has kernels"
         if tensor.layout is not torch.strided:
             return f"tensors of layout {tensor.layout} are not supported"
-        return "tensors made in inference mode are not supported"
-    return None
+        if tensor.is_inference():
+            return "tensors made in inference mode are not supported"
+        if tensor.device != x.device and (tensor.dim() or not tensor.is_cpu):
+            return f"its tensors are on {x.device} and {tensor.device}"
+    if x.is_cpu:
+        return None
+    if x.is_cuda:
+        return _load_problem("the CUDA kernels are", load_cuda)
+    return f"tensors on {x.device.type} are not supported, only those on the CPU and on CUDA"
 
 
-def mode_problem() -> str | None:
+def mode_problem(device: torch.device) -> str | None:
     """Why a fused step may not run right now, or None."""
-    return host_only() or core_problem()
+    return host_only(device.type) or core_problem()
 
 
 def report(module: Any, reason: str) -> None:

@@ -27,14 +27,14 @@ from ..compat.norse import input_drives_membrane_at_once, surrogate_of
 from ..config import Options, config
 from ..dynamics import LI as LI_DYNAMICS
 from ..dynamics import LIF as LIF_DYNAMICS
-from ..kernels import DTYPES
+from ..native import DTYPES
 from ..neuron_tape import computing_dtype, run_neuron
 from ..recorder import Plan
 from ..surrogate import NO_GRADIENT
 from . import synapses
 from .adapter import OPTIONS, Adapter, truncate
 from .fallback import mode_problem, report, tensor_problem
-from .plans import PlanCache
+from .plans import PlanCache, densities_of
 
 LIBRARY = "norse"
 __all__ = ["LI", "LICell", "LIF", "LIFCell"]
@@ -95,7 +95,7 @@ def _problem(module: Any, x: torch.Tensor, sequence: bool) -> str | None:
         return f"it is a subclass of {type(module).__mro__[1].__name__}"
     if x.is_sparse:
         return "sparse COO inputs have other gradients in Norse"
-    problem = tensor_problem(x) or mode_problem()
+    problem = tensor_problem(x) or mode_problem(x.device)
     if problem is not None:
         return problem
     if not x.numel() or (sequence and x.dim() == 0):
@@ -138,28 +138,28 @@ def _plan_of(module: Any, options: Options, shape: torch.Size, x: torch.Tensor, 
     if not all(isinstance(t, torch.Tensor) for t in (*tensors, state.v, state.i)):
         return None, "its parameters or states are not all tensors"
     dtype = computing_dtype(x, [state.i])
-    problem = _state_problem(shape, dtype, state) or _dtype_problem(shape, dtype, x, state, tensors, given)
+    problem = _state_problem(shape, dtype, x, state) or _dtype_problem(shape, dtype, x, state, tensors, given)
     if problem is not None:
         return None, problem
     method, alpha = getattr(p, "method", ""), getattr(p, "alpha", 0.0)
     watched = [t for t in (*tensors, alpha, module.dt) if isinstance(t, torch.Tensor)]
     if any(t.is_inference() for t in watched):
         return None, "its parameters were made in inference mode"
-    key = (id(options), shape, dtype, method,
+    key = (id(options), shape, dtype, x.device, method,
            *((id(t), t._version, t.requires_grad, t.dtype, t.shape) for t in watched),
            *(v for v in (alpha, module.dt) if not isinstance(v, torch.Tensor)))
     return _plans.find(module, key, (options, watched),
-                       lambda: _new_plan(module, options, shape, dtype, tensors, method, alpha))
+                       lambda: _new_plan(module, options, shape, dtype, x, tensors, method, alpha))
 
 
-def _new_plan(module: Any, options: Options, shape: torch.Size, dtype: torch.dtype, tensors: list[torch.Tensor],
-              method: str, alpha: Any) -> tuple[Plan | None, str | None]:
-    problem = _parameter_problem(shape, dtype, tensors, alpha)
+def _new_plan(module: Any, options: Options, shape: torch.Size, dtype: torch.dtype, x: torch.Tensor,
+              tensors: list[torch.Tensor], method: str, alpha: Any) -> tuple[Plan | None, str | None]:
+    problem = _parameter_problem(shape, dtype, x, tensors, alpha)
     return (None if problem else _make_plan(module, options, tensors, method, alpha)), problem
 
 
-def _state_problem(shape: torch.Size, dtype: torch.dtype, state: Any) -> str | None:
-    problem = tensor_problem(state.v, state.i)
+def _state_problem(shape: torch.Size, dtype: torch.dtype, x: torch.Tensor, state: Any) -> str | None:
+    problem = tensor_problem(x, state.v, state.i)
     if problem is not None:
         return f"state: {problem}"
     if dtype not in DTYPES:
@@ -194,9 +194,10 @@ def _broadcasts(tensor: torch.Tensor, shape: torch.Size) -> bool:
         return False
 
 
-def _parameter_problem(shape: torch.Size, dtype: torch.dtype, tensors: list[torch.Tensor], alpha: Any) -> str | None:
+def _parameter_problem(shape: torch.Size, dtype: torch.dtype, x: torch.Tensor, tensors: list[torch.Tensor],
+                       alpha: Any) -> str | None:
     for tensor in tensors:
-        problem = tensor_problem(tensor)
+        problem = tensor_problem(x, tensor)
         if problem is not None:
             return f"parameters: {problem}"
         if not _broadcasts(tensor, shape):
@@ -215,12 +216,12 @@ def _make_plan(module: Any, options: Options, tensors: list[torch.Tensor], metho
         return dt * tensors[0], -dt * tensors[1], *tensors[2:]
 
     if not _is_lif(module):
-        return Plan(LI_DYNAMICS, NO_GRADIENT, options, tuple(tensors), derive)
+        return Plan(LI_DYNAMICS, NO_GRADIENT, options, tuple(tensors), derive, densities=densities_of(module))
     surrogate = surrogate_of(method, float(alpha.detach() if isinstance(alpha, torch.Tensor) else alpha))
     if surrogate is None:  # Norse raises its own error
         return None
     return Plan(LIF_DYNAMICS, surrogate.within(options.cutoff), options, tuple(tensors), derive,
-                differentiable_output=surrogate is not NO_GRADIENT)
+                differentiable_output=surrogate is not NO_GRADIENT, densities=densities_of(module))
 
 
 # ---------------------------------------------------------------------------------------------------- classes

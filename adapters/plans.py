@@ -6,9 +6,33 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
 from ..recorder import Plan
+from ..reports import Densities
 
 PLANS_PER_MODULE = 8  # one module may serve streams of several shapes in turn
+
+
+_densities: weakref.WeakKeyDictionary[Any, Densities] = weakref.WeakKeyDictionary()
+_values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def densities_of(module: Any) -> Densities:
+    """What is known of the densities of a module: its plans come and go with its parameters."""
+    return _densities.setdefault(module, Densities())
+
+
+def values_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A setting kept in a tensor, on the CPU. Fetched from CUDA once, because fetching waits for the device."""
+    if tensor.is_cpu:
+        return tensor.detach()
+    version, copy = _values.get(tensor, (None, None))
+    if version != tensor._version:
+        version, copy = tensor._version, tensor.detach().cpu()
+        _values[tensor] = version, copy
+    return copy
 
 
 class PlanCache:

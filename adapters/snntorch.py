@@ -20,13 +20,13 @@ from torch import nn
 from ..compat.snntorch import constants, emits, surrogate_of
 from ..config import Options, config
 from ..dynamics import leaky
-from ..kernels import DTYPES
+from ..native import DTYPES
 from ..neuron_tape import run_neuron
 from ..recorder import Plan
 from . import synapses
 from .adapter import OPTIONS, Adapter, truncate
 from .fallback import mode_problem, report, tensor_problem
-from .plans import PlanCache
+from .plans import PlanCache, densities_of, values_of
 
 LIBRARY = "snntorch"
 host_forward = snn.Leaky.forward
@@ -79,7 +79,7 @@ def _problem(module: Any, x: torch.Tensor, state: torch.Tensor) -> str | None:
     """Why this call must run the host's code, as far as it does not depend on the module's settings."""
     if type(module) is not snn.Leaky:
         return "it is a subclass of snntorch.Leaky"
-    problem = tensor_problem(x) or mode_problem()
+    problem = tensor_problem(x) or mode_problem(x.device)
     if problem is not None:
         return problem
     if x.dtype not in DTYPES:
@@ -89,7 +89,7 @@ def _problem(module: Any, x: torch.Tensor, state: torch.Tensor) -> str | None:
     if state.shape == x.shape:
         if state.dtype != x.dtype:
             return f"the membrane has dtype {state.dtype} and the input {x.dtype}"
-        return tensor_problem(state) if x.numel() else "the input is empty"
+        return tensor_problem(x, state) if x.numel() else "the input is empty"
     return None if x.numel() else "the input is empty"
 
 
@@ -109,8 +109,8 @@ def _plan_of(module: Any, options: Options, x: torch.Tensor) -> tuple[Plan | Non
         return None, "one of its parameters is not an ordinary parameter or buffer"
     spike_grad, update = own.get("spike_grad"), own["state_function"]
     key = (
-        id(options), x.dtype, x.shape, id(beta), beta._version, beta.requires_grad, id(threshold), threshold._version,
-        threshold.requires_grad, id(factor), factor._version, factor.requires_grad, id(spike_grad),
+        id(options), x.dtype, x.shape, x.device, id(beta), beta._version, beta.requires_grad, id(threshold),
+        threshold._version, threshold.requires_grad, id(factor), factor._version, factor.requires_grad, id(spike_grad),
         constants(spike_grad), getattr(update, "__func__", None), getattr(update, "__self__", None) is module,
         own["reset_delay"],
         id(reset_value), reset_value._version, own["inhibition"], bool(own["state_quant"]),
@@ -143,7 +143,7 @@ def _settings_problem(module: Any, x: torch.Tensor, tensors: list[torch.Tensor])
     if _late_reset(module) not in ("none", _RESETS[update]):
         return "reset_mechanism was changed after construction: the state update and the late reset disagree"
     for name, tensor in zip(("beta", "threshold", "graded_spikes_factor"), tensors, strict=True):
-        problem = tensor_problem(tensor)
+        problem = tensor_problem(x, tensor)
         if problem is not None:
             return f"{name}: {problem}"
         try:
@@ -159,7 +159,7 @@ def _settings_problem(module: Any, x: torch.Tensor, tensors: list[torch.Tensor])
 
 def _late_reset(module: Any) -> str:
     """The correction after firing: it asks reset_mechanism_val at run time, the state update was chosen in __init__."""
-    return "none" if module.reset_delay else _RESET_VALUES[int(module.reset_mechanism_val)]
+    return "none" if module.reset_delay else _RESET_VALUES[int(values_of(module.reset_mechanism_val))]
 
 
 def _make_plan(module: Any, options: Options, tensors: list[torch.Tensor]) -> Plan:
@@ -172,7 +172,8 @@ def _make_plan(module: Any, options: Options, tensors: list[torch.Tensor]) -> Pl
         options=options,
         parameters=(beta, threshold, factor),
         derive=lambda: (beta.clamp(0, 1), threshold, factor),
-        unit_spikes=not factor.requires_grad and bool((factor == 1).all()),
+        unit_spikes=not factor.requires_grad and bool((values_of(factor) == 1).all()),
+        densities=densities_of(module),
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..config import Options, config
-from ..kernels import DTYPES
+from ..native import DTYPES
 from ..neuron_tape import NeuronTape
 from ..synapse_tape import run_synapse
 from ..tapes import TAG, SourceTag, tag_of
@@ -47,7 +47,7 @@ def _eligible(module: nn.Linear, x: torch.Tensor) -> bool:
         return False
     if dtype not in DTYPES or weight.dtype is not dtype or (bias is not None and bias.dtype is not dtype):
         return False
-    return bool(x.numel() and weight.numel()) and tensor_problem(x, weight) is None and mode_problem() is None
+    return bool(x.numel() and weight.numel()) and tensor_problem(x, weight) is None and mode_problem(x.device) is None
 
 
 def _options_of(synapse: nn.Linear) -> Options | None:

@@ -6,7 +6,7 @@ import torch
 from torch.autograd import forward_ad
 
 
-def host_only() -> str | None:
+def host_only(device: str) -> str | None:
     """Why a fused step may not run right now, or None. Asked at every step: the common case must be cheap."""
     if torch.compiler.is_compiling():
         return "torch.compile is tracing"
@@ -18,7 +18,7 @@ def host_only() -> str | None:
         return "a torch.func transform is active"
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return "saved-tensor hooks are active (activation checkpointing or offloading)"
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled(device):
         return "autocast is on"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"

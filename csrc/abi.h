@@ -1,6 +1,8 @@
 // The C interface of the core: plain structs of sizes and pointers, one per kernel, filled by kernels.py.
 // No torch, no Python: the same libraries serve every torch version. All sizes and strides count elements,
 // all indices are 64 bits wide. A row is one (time step, batch) pair; a raster row is `words` 64-bit words.
+// The CPU and the CUDA library take the same structs. A member that only one of them reads says so. For CUDA, tables
+// are in host memory and what they point to is in device memory, unless a comment says otherwise.
 #pragma once
 #include <cstdint>
 
@@ -11,6 +13,12 @@ enum SnnReset : int32_t { kSubtract = 0, kZero = 1, kNone = 2 };
 constexpr int kMaxStates = 2, kMaxParameters = 5;
 constexpr int kTile = 64;  // columns of a tile: one raster word
 constexpr int kOutOfMemory = -2;  // what any kernel returns when it cannot allocate its working memory
+constexpr int kCudaError = -1000;  // a CUDA kernel returns kCudaError - cudaError_t when something failed
+constexpr int kSitesPerBlock = 512;  // CUDA: threads of a block of a scan, one a site
+constexpr int kStepsPerLaunch = 32;  // CUDA: steps whose tables fit into the arguments of one launch
+constexpr int kRowsPerStage = 128;   // CUDA: rows of gradients that a block holds in shared memory
+constexpr int kInputsPerBlock = 128; // CUDA: inputs whose weight gradients a block sums
+constexpr int kReportBits = 40;      // CUDA: bits of a count in a report, below its tag
 
 // A surrogate derivative; zero outside the open interval (low, high) of u - threshold.
 struct SnnSurrogate {
@@ -26,6 +34,15 @@ struct SnnParameter {
   int64_t row_stride, col_stride;
 };
 
+// CUDA only: where a kernel leaves counts, since nothing returns to the host during a training step. `counts` is device
+// memory, zeroed once: [0] and [1] run on from call to call. When a call is done, `slot` (two words of pinned host
+// memory, or null) holds tag << kReportBits | count for each.
+struct SnnReport {
+  int64_t* counts;
+  int64_t* slot;
+  int64_t tag;
+};
+
 // What the forward and the backward scan of one layer share.
 struct SnnLayer {
   int64_t rows, cols;  // batch rows and neurons of one time step
@@ -35,7 +52,7 @@ struct SnnLayer {
 };
 
 // Runs `steps` time steps. Tables have one pointer a step; a null table or entry means "not wanted".
-// Returns the number of steps done: fewer than `steps` when `values_capacity` might not hold one more step.
+// Returns the number of steps done: on the CPU fewer than `steps` when `values_capacity` might not hold one more step.
 struct SnnNeuronForward {
   SnnLayer layer;
   int64_t steps;
@@ -49,37 +66,46 @@ struct SnnNeuronForward {
   uint64_t* const* active;               // [steps] -> [rows, words] surrogate derivative not zero
   void* const* membrane;                 // [steps] -> [rows, cols] u at the threshold comparison
   void* const* current;                  // [steps] -> [rows, cols] synaptic current at the comparison
-  void* scratch;                         // [rows * words * kTile], needed with `active`
-  void* values;                          // u of the active sites, in the order of the sites, step after step
+  // u of the active sites. CPU: in the order of the sites, step after step. CUDA: blocks of kSitesPerBlock sites in any
+  // order, each from its offset on, behind the report.counts[0] values that are there already.
+  void* values;
   int64_t values_capacity;
-  int64_t* active_counts;                // [steps] active sites of each step, or null
-  int64_t* spike_counts;                 // [steps] spikes of each step, or null
+  void* scratch;                         // CPU: [rows * words * kTile], needed with `active`
+  int64_t* active_counts;                // CPU: [steps] active sites of each step, or null
+  int64_t* spike_counts;                 // CPU: [steps] spikes of each step, or null
+  int64_t* const* offsets;               // CUDA: [steps] -> [blocks of sites], needed with `values`
+  SnnReport report;                      // CUDA: active sites, spikes; or null counts
 };
 
 struct SnnNeuronBackward {
   SnnLayer layer;
   int64_t steps;
   const void* const* grad_output;             // [steps] -> [rows, cols], null where no gradient arrived
-  const void* const* grad_active;             // [steps] -> gradient of the output at the active sites only
+  // [steps] -> gradient of the output at the active sites only. CPU: [active sites]. CUDA: [rows, cols], rest unread.
+  const void* const* grad_active;
   const void* const* grad_states[kMaxStates]; // [steps] -> [rows, cols]
   const uint64_t* const* raster;
   const uint64_t* const* reset;
   const uint64_t* const* active;
-  const void* const* values;                  // [steps] -> u of the active sites, where membrane is null
+  const void* const* values;                  // [steps] -> as in the forward scan, where membrane is null
+  const int64_t* const* offsets;              // CUDA: as in the forward scan
   const void* const* membrane;                // [steps] -> [rows, cols]
   const void* const* current;
   const void* state_in[kMaxStates];           // needed with parameter gradients
   void* grad_input;                           // [steps, rows, cols] or null
   void* grad_state_in[kMaxStates];            // [rows, cols] or null
   void* grad_parameters[kMaxParameters];      // [rows, cols] sums over the steps, or null
+  void* carry[kMaxStates];                    // CUDA: [rows, cols] scratch, needed above kStepsPerLaunch steps
 };
 
-// Returns the number of ones, or -1 when some value is neither 0 nor 1 (then `words` is undefined).
+// CPU: returns the number of ones, or -1 when some value is neither 0 nor 1 (then `words` is undefined).
+// CUDA: the bits of all values that are not zero.
 struct SnnRasterPack {
   const void* dense;  // [rows, cols]
   int64_t rows, cols, row_stride;
   uint64_t* words;
   int32_t dtype, threads;
+  SnnReport report;  // CUDA: nothing, bits set; or null counts
 };
 
 struct SnnRasterUnpack {
@@ -97,13 +123,13 @@ struct SnnRasterTranspose {
   int32_t threads, unused;
 };
 
-// Returns the number of set bits.
+// CPU: returns the number of set bits.
 struct SnnRasterCount {
   const uint64_t* words;
   int64_t count;  // of words
 };
 
-// Column lists of the set bits, block of rows by block of rows: the events of column j in block k are
+// CPU: column lists of the set bits, block of rows by block of rows: the events of column j in block k are
 // row[start[k * (cols + 1) + j] ... start[k * (cols + 1) + j + 1]), rows relative to the block.
 // `rank` (or null): the place of each event in row-major order.
 struct SnnRasterColumns {
@@ -129,29 +155,39 @@ struct SnnSynapseForward {
   int64_t rows, inputs, outputs;
   const void* tiles;
   const void* bias;        // [outputs] or null
+  const void* inputs_dense;  // CUDA: [rows, inputs] what the events are multiplied by, or null where all are 1
   void* current;           // [rows, outputs]
   int32_t dtype, threads;
 };
 
-// grad_weight = grad^T spikes, grad_bias = column sums of grad; the spikes as column lists
+// grad_weight = grad^T spikes, grad_bias = column sums of grad.
+// The spikes come as column lists (CPU) or as the transposed raster (CUDA).
 struct SnnWeightGradient {
   const void* grad;  // [rows, outputs], dL/dcurrent
-  int64_t rows, inputs, outputs, block_rows;
-  const int64_t* start;
-  const uint16_t* row;
+  int64_t rows, inputs, outputs;
+  int64_t block_rows;           // CPU
+  const int64_t* start;         // CPU
+  const uint16_t* row;          // CPU
+  const uint64_t* transposed;   // CUDA: [inputs, words of rows]
+  const void* inputs_dense;     // CUDA: [rows, inputs] what the events are multiplied by, or null where all are 1
+  void* partial;                // CUDA: scratch [splits, inputs, outputs]
+  int64_t splits;               // CUDA: parts of the rows that are summed apart
   void* grad_weight;  // [outputs, inputs]
-  void* grad_bias;    // [outputs] or null
+  void* grad_bias;    // CPU: [outputs] or null
   int32_t dtype, threads;
 };
 
-// grad_active[rank of event] = G[row, :] . weight[:, column], for the events of the column lists
+// G[row, :] . weight[:, column] at the active sites.
+// They come as column lists (CPU) or as the transposed raster (CUDA).
 struct SnnInputGradient {
   const void* grad;  // [rows, outputs]
-  int64_t rows, inputs, outputs, block_rows;
+  int64_t rows, inputs, outputs;
+  int64_t block_rows;           // CPU
   const void* tiles;
-  const int64_t* start;
-  const uint16_t* row;
-  const int64_t* rank;
-  void* grad_active;
+  const int64_t* start;         // CPU
+  const uint16_t* row;          // CPU
+  const int64_t* rank;          // CPU: place of each event
+  const uint64_t* transposed;   // CUDA: [inputs, words of rows]
+  void* grad_active;  // CPU: [events], in the order of their ranks. CUDA: [rows, inputs], written at the sites only
   int32_t dtype, threads;
 };

@@ -28,7 +28,7 @@ template <class T> struct ZeroDerivative {
 // snntorch/surrogate.py ATan: alpha / 2 / (1 + (pi / 2 * alpha * x)^2)
 template <class T> struct Atan {
   T half_alpha, scale;
-  explicit Atan(const SnnSurrogate& s) : half_alpha(T(s.a / 2)), scale(T(1.57079632679489661923 * s.a)) {}
+  SNN_HD explicit Atan(const SnnSurrogate& s) : half_alpha(T(s.a / 2)), scale(T(1.57079632679489661923 * s.a)) {}
   SNN_HD T operator()(T x, T g) const {
     T y = scale * x;
     return half_alpha / (T(1) + y * y) * g;
@@ -37,7 +37,7 @@ template <class T> struct Atan {
 // snntorch/surrogate.py FastSigmoid (and SFS inside its half line): 1 / (slope |x| + 1)^2
 template <class T> struct FastSigmoid {
   T slope;
-  explicit FastSigmoid(const SnnSurrogate& s) : slope(T(s.a)) {}
+  SNN_HD explicit FastSigmoid(const SnnSurrogate& s) : slope(T(s.a)) {}
   SNN_HD T operator()(T x, T g) const {
     T y = slope * std::fabs(x) + T(1);
     return g / (y * y);
@@ -46,7 +46,7 @@ template <class T> struct FastSigmoid {
 // snntorch/surrogate.py Sigmoid: slope e / (e + 1)^2, e = exp(-slope x)
 template <class T> struct Sigmoid {
   T slope;
-  explicit Sigmoid(const SnnSurrogate& s) : slope(T(s.a)) {}
+  SNN_HD explicit Sigmoid(const SnnSurrogate& s) : slope(T(s.a)) {}
   SNN_HD T operator()(T x, T g) const {
     T e = std::exp(-slope * x), d = e + T(1);
     return g * slope * e / (d * d);
@@ -59,7 +59,7 @@ template <class T> struct StraightThrough {
 // snntorch/surrogate.py Triangular: +threshold below, -threshold from 0 on
 template <class T> struct Triangular {
   T threshold;
-  explicit Triangular(const SnnSurrogate& s) : threshold(T(s.a)) {}
+  SNN_HD explicit Triangular(const SnnSurrogate& s) : threshold(T(s.a)) {}
   SNN_HD T operator()(T x, T g) const { return x >= T(0) ? -(g * threshold) : g * threshold; }
 };
 // snntorch/surrogate.py Heaviside: 1 where it spikes (so 0, not NaN, at a NaN membrane)
@@ -69,13 +69,13 @@ template <class T> struct Step {
 // snntorch/surrogate.py SpikeRateEscape: slope exp(-beta |x - 1|), a = beta, b = slope
 template <class T> struct SpikeRateEscape {
   T beta, slope;
-  explicit SpikeRateEscape(const SnnSurrogate& s) : beta(T(s.a)), slope(T(s.b)) {}
+  SNN_HD explicit SpikeRateEscape(const SnnSurrogate& s) : beta(T(s.a)), slope(T(s.b)) {}
   SNN_HD T operator()(T x, T g) const { return g * slope * std::exp(-beta * std::fabs(x - T(1))); }
 };
 // norse superspike.py: 1 / (alpha |x| + 1)^2; alpha is 1 where the installed version ignores it
 template <class T> struct SuperSpike {
   T alpha;
-  explicit SuperSpike(const SnnSurrogate& s) : alpha(T(s.a)) {}
+  SNN_HD explicit SuperSpike(const SnnSurrogate& s) : alpha(T(s.a)) {}
   SNN_HD T operator()(T x, T g) const {
     T y = alpha * std::fabs(x) + T(1);
     return g / (y * y);
@@ -84,7 +84,7 @@ template <class T> struct SuperSpike {
 // norse threshold.py Triangle: alpha relu(1 - |x|)
 template <class T> struct Triangle {
   T alpha;
-  explicit Triangle(const SnnSurrogate& s) : alpha(T(s.a)) {}
+  SNN_HD explicit Triangle(const SnnSurrogate& s) : alpha(T(s.a)) {}
   SNN_HD T operator()(T x, T g) const {
     T y = T(1) - std::fabs(x);
     return g * alpha * (y < T(0) ? T(0) : y);
@@ -93,7 +93,7 @@ template <class T> struct Triangle {
 // norse threshold.py HeaviTanh: 1 - tanh(alpha x)^2
 template <class T> struct Tanh {
   T alpha;
-  explicit Tanh(const SnnSurrogate& s) : alpha(T(s.a)) {}
+  SNN_HD explicit Tanh(const SnnSurrogate& s) : alpha(T(s.a)) {}
   SNN_HD T operator()(T x, T g) const {
     T y = std::tanh(x * alpha);
     return g * (T(1) - y * y);
@@ -102,7 +102,7 @@ template <class T> struct Tanh {
 // norse threshold.py HeaviCirc: 2 alpha (1 / (2 r) - x^2 / (2 r^3)), r = sqrt(alpha^2 + x^2)
 template <class T> struct Circ {
   T alpha;
-  explicit Circ(const SnnSurrogate& s) : alpha(T(s.a)) {}
+  SNN_HD explicit Circ(const SnnSurrogate& s) : alpha(T(s.a)) {}
   SNN_HD T operator()(T x, T g) const {
     T square = alpha * alpha + x * x, root = std::sqrt(square);
     return g * (-(x * x / (T(2) * (square * root))) + T(1) / (T(2) * root)) * T(2) * alpha;
@@ -111,7 +111,7 @@ template <class T> struct Circ {
 // norse threshold.py HeaviErfc: 2 exp(-(alpha x)^2) / sqrt(pi), the root rounded to float32 as there
 template <class T> struct Erfc {
   T alpha;
-  explicit Erfc(const SnnSurrogate& s) : alpha(T(s.a)) {}
+  SNN_HD explicit Erfc(const SnnSurrogate& s) : alpha(T(s.a)) {}
   SNN_HD T operator()(T x, T g) const {
     T y = alpha * x;
     return T(2) * std::exp(-(y * y)) / T(1.7724539041519165f) * g;

@@ -1,8 +1,9 @@
-"""Finds or compiles the two libraries of the core, and loads them.
+"""Finds or compiles the libraries of the core, and loads them.
 
 ``snn_sparse_core`` holds the CPU kernels: every ``csrc/cpu/*.cpp``, without torch or Python, so that one binary serves
 every version of both. ``snn_sparse_node`` is the autograd node of ``csrc/torch``: a Python extension, one binary per
-torch version. Both are compiled on first use and kept in a cache folder under a name that is a digest of everything
+torch version. ``snn_sparse_cuda`` holds the CUDA kernels of ``csrc/cuda``: like the first, one for every torch.
+Each is compiled on first use and kept in a cache folder under a name that is a digest of everything
 they depend on, so that nothing stale is ever loaded and nothing is compiled twice.
 
 Importing this module is cheap: torch, ninja and filelock are imported where they are needed.
@@ -33,19 +34,9 @@ from typing import Any, TypeVar
 
 import platformdirs
 
-from .recipes import (
-    CORE,
-    MEANWHILE,
-    NODE,
-    BuildError,
-    Compiler,
-    Recipe,
-    core_recipe,
-    csrc_folder,
-    find_compiler,
-    find_ninja,
-    node_recipe,
-)
+from .architectures import Gpu, visible_gpus
+from .recipes import CORE, CUDA, NODE, Recipe, core_recipe, csrc_folder, cuda_recipe, node_recipe
+from .toolchain import BuildError, Compiler, CompilerMissing, find_compiler, find_ninja, find_nvcc
 
 __all__ = [
     "Artifact",
@@ -55,7 +46,9 @@ __all__ = [
     "cache_root",
     "core_recipe",
     "csrc_folder",
+    "cuda_recipe",
     "load_core",
+    "load_cuda",
     "load_node",
     "node_recipe",
     "provide",
@@ -78,9 +71,15 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Status:
-    """What `info` reports. `problems` says why something is missing; None in `libraries` is "not compiled yet"."""
+    """What `info` reports. `problems` says why something is missing; None in `libraries` is "not compiled yet".
+
+    `torch_cuda` is the CUDA version that torch is built for. Nothing about CUDA is a problem where torch sees no GPU.
+    """
 
     compiler: Compiler | None
+    nvcc: Compiler | None
+    torch_cuda: str | None
+    gpus: tuple[Gpu, ...]
     csrc: Path
     cache: Path
     libraries: dict[str, Path | None]
@@ -102,7 +101,7 @@ def provide(recipe: Recipe, cache: Path | None = None, verbose: bool = False) ->
     """
     cache = cache or cache_root()
     try:
-        compiler = find_compiler()
+        compiler = recipe.toolchain.find()
     except BuildError:
         # A cache that was filled where a compiler is, also serves where none is.
         ready = _find_library(recipe, cache, None)
@@ -121,7 +120,7 @@ def provide(recipe: Recipe, cache: Path | None = None, verbose: bool = False) ->
     except OSError as error:
         raise BuildError(
             f"the build cache {cache} cannot be used: {error}. Set SNN_SPARSE_CACHE to a folder on a local disk that "
-            f"can be written. {MEANWHILE}"
+            f"can be written. {recipe.toolchain.meanwhile}"
         ) from error
     return Artifact(recipe.name, library, seconds)
 
@@ -132,8 +131,12 @@ def _entry(recipe: Recipe, compiler_digest: str) -> str:
 
 def _find_library(recipe: Recipe, cache: Path, compiler: Compiler | None) -> Path | None:
     """The finished library; without a compiler, whichever compiler made it."""
-    found = sorted(cache.glob(f"{_entry(recipe, compiler.digest() if compiler else '*')}/{recipe.name}.so"))
-    return found[0] if found else None
+    made_by = compiler.digest() if compiler else "*"
+    for each in (recipe, *recipe.substitutes):
+        found = sorted(cache.glob(f"{_entry(each, made_by)}/{each.name}.so"))
+        if found:
+            return found[0]
+    return None
 
 
 @contextmanager
@@ -222,7 +225,7 @@ def _failure(recipe: Recipe, compiler: Compiler, entry: Path, output: str) -> st
             f"compiling {recipe.name} failed ({compiler.version}); everything the compiler said is in "
             f"{entry / 'build.log'}, first:",
             *lines,
-            f"g++ 11 or clang 12 or newer is needed; $CXX chooses another compiler. {MEANWHILE}",
+            f"{recipe.toolchain.advice} {recipe.toolchain.meanwhile}",
         ]
     )
 
@@ -241,7 +244,12 @@ _loading = threading.Lock()
 
 def load_core() -> ctypes.CDLL:
     """The CPU kernels, compiled first if necessary. Raises BuildError, at once if it did before."""
-    return _once(CORE, _load_core)
+    return _once(CORE, lambda: _open(core_recipe))
+
+
+def load_cuda() -> ctypes.CDLL:
+    """The CUDA kernels, compiled first if necessary. Raises BuildError, at once if it did before."""
+    return _once(CUDA, lambda: _open(cuda_recipe))
 
 
 def load_node() -> ModuleType:
@@ -249,11 +257,26 @@ def load_node() -> ModuleType:
     return _once(NODE, _load_node)
 
 
-def build(verbose: bool = False) -> list[Artifact]:
-    """Compiles what is not compiled yet, both libraries side by side. Loads that failed before may be tried again."""
+def build(verbose: bool = False, cuda: bool | None = None) -> list[Artifact]:
+    """Compiles what is not compiled yet, side by side. Loads that failed before may be tried again.
+
+    `cuda`: whether the CUDA kernels too. By default they are if torch has CUDA, and left out where no nvcc is.
+    """
+    import torch
+
     recipes = [core_recipe(), node_recipe()]
+    if cuda or (cuda is None and torch.version.cuda is not None):
+        recipes.append(cuda_recipe())
     with ThreadPoolExecutor() as pool:
-        artifacts = list(pool.map(lambda recipe: provide(recipe, verbose=verbose), recipes))
+        pending = [pool.submit(provide, recipe, verbose=verbose) for recipe in recipes]
+    artifacts = []
+    for recipe, result in zip(recipes, pending, strict=True):
+        try:
+            artifacts.append(result.result())
+        except CompilerMissing as error:
+            if recipe.name != CUDA or cuda:
+                raise
+            _say(f"{CUDA} is left out: {error}", verbose or bool(visible_gpus()))
     with _loading:
         for name in [name for name, outcome in _outcomes.items() if isinstance(outcome, BuildError)]:
             del _outcomes[name]
@@ -262,14 +285,32 @@ def build(verbose: bool = False) -> list[Artifact]:
 
 def status() -> Status:
     """What is compiled and what could be; compiles nothing and never raises BuildError."""
+    import torch
+
     problems: list[str] = []
     compiler = _or_problem(find_compiler, problems)
     _or_problem(find_ninja, problems)
+    gpus = visible_gpus()
+    of_cuda: list[str] = []
+    nvcc = _or_problem(find_nvcc, of_cuda)
     libraries: dict[str, Path | None] = {}
-    for name, make in ((CORE, core_recipe), (NODE, node_recipe)):
-        recipe = _or_problem(make, problems)
-        libraries[name] = _find_library(recipe, cache_root(), compiler) if recipe else None
-    return Status(compiler, csrc_folder(), cache_root(), libraries, tuple(problems))
+    for name, make, made_by, into in (
+        (CORE, core_recipe, compiler, problems),
+        (NODE, node_recipe, compiler, problems),
+        (CUDA, cuda_recipe, nvcc, of_cuda),
+    ):
+        recipe = _or_problem(make, into)
+        libraries[name] = _find_library(recipe, cache_root(), made_by) if recipe else None
+    return Status(
+        compiler=compiler,
+        nvcc=nvcc,
+        torch_cuda=torch.version.cuda,
+        gpus=gpus,
+        csrc=csrc_folder(),
+        cache=cache_root(),
+        libraries=libraries,
+        problems=(*problems, *(of_cuda if gpus else ())),
+    )
 
 
 def _or_problem(ask: Callable[[], Loaded], problems: list[str]) -> Loaded | None:
@@ -295,32 +336,34 @@ def _once(name: str, load: Callable[[], Loaded]) -> Loaded:
     return outcome
 
 
-def _load_core() -> ctypes.CDLL:
+def _open(make: Callable[[], Recipe]) -> ctypes.CDLL:
     # torch first: our OpenMP calls then bind to the runtime that torch brings. Loaded the other way round there would
     # be two, and torch.set_num_threads would not reach ours.
     import torch  # noqa: F401
 
-    path = provide(core_recipe()).path
+    recipe = make()
+    path = provide(recipe).path
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise BuildError(_unloadable(path, error)) from error
+        raise BuildError(_unloadable(recipe, path, error)) from error
 
 
 def _load_node() -> ModuleType:
-    path = provide(node_recipe()).path
+    recipe = node_recipe()
+    path = provide(recipe).path
     spec = importlib.util.spec_from_file_location(NODE, path)
     assert spec is not None and spec.loader is not None
     try:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except ImportError as error:
-        raise BuildError(_unloadable(path, error)) from error
+        raise BuildError(_unloadable(recipe, path, error)) from error
     return module
 
 
-def _unloadable(path: Path, error: Exception) -> str:
+def _unloadable(recipe: Recipe, path: Path, error: Exception) -> str:
     return (
         f"{path} was compiled but does not load: {error}. Remove its folder to compile it again; if its file system "
-        f"forbids execution, set SNN_SPARSE_CACHE to another folder. {MEANWHILE}"
+        f"forbids execution, set SNN_SPARSE_CACHE to another folder. {recipe.toolchain.meanwhile}"
     )

@@ -67,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
 
     build = commands.add_parser("build", help="compile the core now, unless it is in the cache already")
+    build.add_argument("--cuda", action="store_true",
+                       help="the CUDA kernels too (default: if torch has CUDA and nvcc is here)")
     build.add_argument("--verbose", action="store_true", help="show what the compiler says")
     build.set_defaults(run=_build)
 
@@ -113,7 +115,7 @@ def _check(args: argparse.Namespace) -> int:
 def _build(args: argparse.Namespace) -> int:
     from .build import build
 
-    for artifact in build(verbose=args.verbose):
+    for artifact in build(verbose=args.verbose, cuda=args.cuda or None):
         took = f"compiled in {artifact.seconds:.1f} s" if artifact.seconds else "in the cache already"
         print(f"{artifact.name}: {took}: {artifact.path}")
     return 0
@@ -127,7 +129,8 @@ def _info(args: argparse.Namespace) -> int:
     from . import __version__, config
     from .bench.measure import installed
     from .build import status
-    from .kernels import instruction_set
+    from .native import instruction_set
+    from .recipes import CORE, CUDA
 
     state = status()
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -140,11 +143,15 @@ def _info(args: argparse.Namespace) -> int:
     table.add_row("configuration", str(config))
     table.add_row("threads", str(torch.get_num_threads()))
     table.add_row("compiler", state.compiler.version if state.compiler is not None else "none found")
+    table.add_row("nvcc", f"{state.nvcc.command[0]}: {state.nvcc.version}" if state.nvcc is not None else "none found")
+    table.add_row("torch's CUDA", state.torch_cuda or "none: this torch is built without CUDA")
+    table.add_row("GPUs", ", ".join(map(str, state.gpus)) or "none that torch sees")
     table.add_row("sources", str(state.csrc))
     table.add_row("cache", str(state.cache))
     for name, path in state.libraries.items():
-        table.add_row(name, str(path) if path is not None else "not compiled yet")
-    compiled = all(path is not None for path in state.libraries.values())
+        needed = name != CUDA or state.torch_cuda is not None
+        table.add_row(name, str(path) if path is not None else "not compiled yet" if needed else "not needed")
+    compiled = state.libraries[CORE] is not None
     table.add_row("instruction set", instruction_set() if compiled else "known once the core is compiled")
     for problem in state.problems:
         table.add_row("problem", problem)

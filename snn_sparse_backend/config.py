@@ -6,7 +6,11 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
+
 FORWARDS = ("host", "sparse")
+# The first is measured. The others follow from the memory rates of the kernels, see docs/kernels.md.
+_CPU_CROSSOVER, _CUDA_CROSSOVER, _TF32_CROSSOVER = 0.2, 0.1, 0.03
 
 
 @dataclass(frozen=True)
@@ -20,13 +24,14 @@ class Options:
             ``"sparse"``: currents are summed over the spikes only (another order of summation).
         fuse_steps: one autograd node per layer and sequence. False: one per layer and step, for those who need the
             gradient at an intermediate membrane state.
-        crossover: products run sparse below this density of spikes or active sites, dense above it.
+        crossover: products run sparse below this density of spikes or active sites, dense above it; None: what suits
+            the device.
     """
 
     cutoff: float | None = None
     forward: str = "host"
     fuse_steps: bool = True
-    crossover: float = 0.2
+    crossover: float | None = None
 
     def __post_init__(self) -> None:
         if self.cutoff is not None:
@@ -40,8 +45,16 @@ class Options:
             raise ValueError(f"forward: expected one of {', '.join(map(repr, FORWARDS))}, got {self.forward!r}")
         if not isinstance(self.fuse_steps, bool):
             raise ValueError(f"fuse_steps: expected True or False, got {self.fuse_steps!r}")
-        if not 0 <= self.crossover <= 1:
-            raise ValueError(f"crossover: expected a density between 0 and 1, got {self.crossover!r}")
+        if self.crossover is not None and not 0 <= self.crossover <= 1:
+            raise ValueError(f"crossover: expected a density between 0 and 1 or None, got {self.crossover!r}")
+
+    def crossover_on(self, device: torch.device) -> float:
+        """The crossover in force on a device."""
+        if self.crossover is not None:
+            return self.crossover
+        if device.type != "cuda":
+            return _CPU_CROSSOVER
+        return _TF32_CROSSOVER if torch.backends.cuda.matmul.allow_tf32 else _CUDA_CROSSOVER
 
     def updated(self, changes: dict[str, Any]) -> Options:
         """These options with some of them changed.

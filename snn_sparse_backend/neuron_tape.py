@@ -9,10 +9,13 @@ from typing import Any
 import torch
 
 from .build import load_node
+from .compat.cuda import current_stream
+from .config import Options
 from .counters import counts
-from .kernels import Layer, neuron_backward, pointer_table, step_pointers
+from .native import event_parallel
 from .raster import Raster
 from .recorder import Block, Plan, Recorder, Result
+from .scans import Layer, neuron_backward, pointer_table, step_pointers
 from .synapse_tape import SynapseTape, claim_current
 from .tapes import TAG, TOPOLOGICAL_SLACK, Delivery, SpikeTag, Tape, part
 
@@ -24,14 +27,18 @@ class NeuronTape(Tape):
         plan: how to run it.
         shape: shape of one time step ``[B, ...]``.
         dtype: float32 or float64.
+        device: where all its tensors are, but for scalar parameters.
         states: the states before the first step; their gradients are returned.
     """
 
-    def __init__(self, plan: Plan, shape: torch.Size, dtype: torch.dtype, states: Sequence[torch.Tensor]) -> None:
+    def __init__(self, plan: Plan, shape: torch.Size, dtype: torch.dtype, device: torch.device,
+                 states: Sequence[torch.Tensor]) -> None:
         super().__init__()
+        self.stream = current_stream(device)
         self.plan = plan
         self.parameters = plan.derive()
-        self.layer = Layer(plan.dynamics, plan.surrogate, [p.detach() for p in self.parameters], shape, dtype)
+        self.layer = Layer(plan.dynamics, plan.surrogate, [p.detach() for p in self.parameters], shape, dtype,
+                           device)
         self.state_shapes = [s.shape for s in states]
         learned = {i for i, p in enumerate(self.parameters) if p.requires_grad}
         self.recorder = Recorder(plan, self.layer, learned)
@@ -43,11 +50,14 @@ class NeuronTape(Tape):
         self.synapses: dict[int, weakref.ref[SynapseTape]] = {}  # fed by these spikes, by id of their module
         self.last: list[tuple[weakref.ref[torch.Tensor], int, bool]] = []
 
-    def continues(self, plan: Plan, shape: torch.Size, dtype: torch.dtype, states: Sequence[torch.Tensor]) -> bool:
+    def continues(self, plan: Plan, shape: torch.Size, dtype: torch.dtype, device: torch.device,
+                  states: Sequence[torch.Tensor]) -> bool:
         """Whether these are the very states that the last step returned, and nothing else changed."""
         if self.plan is not plan or self.released or not plan.options.fuse_steps:
             return False
-        if self.layer.shape != shape or self.layer.dtype != dtype:
+        if self.layer.shape != shape or self.layer.dtype != dtype or self.layer.device != device:
+            return False
+        if self.stream != current_stream(device):
             return False
         for state, (last, version, attached) in zip(states, self.last, strict=True):
             if last() is not state or state._version != version or state.requires_grad != attached:
@@ -90,14 +100,18 @@ class NeuronTape(Tape):
             setattr(result.output, TAG, SpikeTag(result.block.raster, self, index, result.output._version))
         return True
 
-    def active_set(self, blocks: Sequence[int], crossover: float) -> Raster | None:
+    def active_set(self, blocks: Sequence[int], options: Options) -> Raster | None:
         """The active sites of some blocks, if gradients are wanted only there and the sites are few."""
         chosen = [self.blocks[i] for i in blocks]
         rasters = [b.active for b in chosen if b.active is not None]
         sites = sum(b.steps for b in chosen) * self.layer.sites
         if self.needs_all_spike_gradients or len(rasters) < len(chosen):
             return None
-        if sum(b.active_sites for b in chosen) > crossover * sites:
+        if event_parallel(self.layer.device):
+            share = self.plan.densities.look().active
+        else:
+            share = sum(b.active_sites for b in chosen) / sites
+        if share is not None and share > options.crossover_on(self.layer.device):
             return None
         return Raster.concatenate(rasters)
 
@@ -119,28 +133,29 @@ class NeuronTape(Tape):
         grad_input = None
         if any(needs[first_input:]):
             total = sum(b.steps for b in blocks)
-            grad_input = torch.empty((total * rows, layer.cols), dtype=layer.dtype)
+            grad_input = torch.empty((total * rows, layer.cols), dtype=layer.dtype, device=layer.device)
             grad_input[steps * rows :] = 0
-        sums = [torch.zeros((rows, layer.cols), dtype=layer.dtype) if needs[len(dynamics.states) + i] and reached
-                else None for i, reached in enumerate(reached_parameters)]
-        initial = [torch.empty((rows, layer.cols), dtype=layer.dtype) if needs[i] and reached else None
-                   for i, reached in enumerate(reached_states)]
+        sums = [layer.empty().zero_() if needs[len(dynamics.states) + i] and reached else None
+                for i, reached in enumerate(reached_parameters)]
+        initial = [layer.empty() if needs[i] and reached else None for i, reached in enumerate(reached_states)]
         tables = self._recorded(blocks)
         neuron_backward(layer, steps, grad_input=grad_input, grad_state_in=initial, grad_parameters=sums,
                         state_in=self.state_in, **tables, **incoming.tables())
         for i, grad in enumerate(initial):
             if grad is not None:
-                result[i] = grad.view(layer.shape).sum_to_size(self.state_shapes[i])
+                result[i] = grad.sum_to_size(self.state_shapes[i])
         for i, grad in enumerate(sums, len(dynamics.states)):
             if grad is not None:
-                result[i] = grad.view(layer.shape).sum_to_size(self.parameters[i - len(dynamics.states)].shape)
+                parameter = self.parameters[i - len(dynamics.states)]
+                result[i] = grad.sum_to_size(parameter.shape).to(parameter.device)
         if grad_input is not None:
             self._return_inputs(grad_input, blocks, needs[first_input:], result, first_input, incoming.task)
         return result
 
     def _recorded(self, blocks: list[Block]) -> dict[str, Any]:
         """Pointer tables of what the steps recorded."""
-        tables: dict[str, list[int | None]] = {n: [] for n in ("raster", "active", "membrane", "current", "values")}
+        names = ("raster", "active", "membrane", "current", "values", "offsets")
+        tables: dict[str, list[int | None]] = {name: [] for name in names}
         resets: list[int | None] = []
         for block in blocks:
             for name in ("raster", "active"):
@@ -151,6 +166,7 @@ class NeuronTape(Tape):
             size = self.layer.dtype.itemsize
             values: list[int | None] = [v.data_ptr() + at * size for v, at in block.values]
             tables["values"] += values or [None] * block.steps
+            tables["offsets"] += step_pointers(block.offsets, block.steps)
             resets += step_pointers(block.reset.words if block.reset else None, block.steps)
         if self.plan.dynamics.reset_is_recorded and not self.plan.dynamics.late_reset:
             resets = resets[:1] + tables["raster"][:-1]  # who fired in a step is reset in the next
@@ -230,7 +246,8 @@ class Incoming:
                 size = block.steps * self.tape.layer.rows
             else:
                 assert delivery.active is not None
-                found, total, size = at_active, delivery.active, block.active_sites
+                found, total = at_active, delivery.active
+                size = block.active_sites if total.dim() == 1 else block.steps * self.tape.layer.rows
             grad = total[first : first + size]
             first += size
             if index in found:
@@ -241,7 +258,7 @@ class Incoming:
         grad = grad.contiguous()
         self.keep.append(grad)
         block, first = self.tape.blocks[index], self.firsts[index]
-        if table is not self.active:
+        if table is not self.active or grad.dim() > 1:
             table[first : first + block.steps] = step_pointers(grad, block.steps)
             return
         offset = 0
@@ -281,12 +298,12 @@ def run_neuron(plan: Plan, x: torch.Tensor, states: Sequence[torch.Tensor], step
     dtype = computing_dtype(x, states)
     tape = load_node().tape_of(states[0])
     result = None
-    if isinstance(tape, NeuronTape) and tape.continues(plan, shape, dtype, states):
+    if isinstance(tape, NeuronTape) and tape.continues(plan, shape, dtype, x.device, states):
         result = tape.recorder.run(x, states, steps, record, first=False)
         result.block.source = claim_current(x, tape)
         if tape.commit(result, x, states):
             return result
-    tape = NeuronTape(plan, shape, dtype, states)
+    tape = NeuronTape(plan, shape, dtype, x.device, states)
     if result is None:
         result = tape.recorder.run(x, states, steps, record, first=True)
     elif plan.dynamics.reset_is_recorded and result.block.reset is None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .reports import Densities
+
 WORD = 64
 
 
@@ -19,12 +21,14 @@ class Raster:
         words: int64 tensor ``[rows, ceil(cols / 64)]``, lowest bit first, bits beyond ``cols`` zero.
         cols: number of sites in a row.
         ones: number of ones, where it is known.
+        densities: on CUDA, what is known of the neurons whose spikes these are.
     """
 
-    __slots__ = ("words", "cols", "ones")
+    __slots__ = ("words", "cols", "ones", "densities")
 
-    def __init__(self, words: torch.Tensor, cols: int, ones: int | None = None) -> None:
-        self.words, self.cols, self.ones = words, cols, ones
+    def __init__(self, words: torch.Tensor, cols: int, ones: int | None = None,
+                 densities: Densities | None = None) -> None:
+        self.words, self.cols, self.ones, self.densities = words, cols, ones, densities
 
     @property
     def rows(self) -> int:
@@ -35,8 +39,8 @@ class Raster:
         return self.rows * self.cols
 
     @staticmethod
-    def empty(rows: int, cols: int) -> Raster:
-        return Raster(torch.empty((rows, words_of(cols)), dtype=torch.int64), cols)
+    def empty(rows: int, cols: int, device: torch.device | str = "cpu") -> Raster:
+        return Raster(torch.empty((rows, words_of(cols)), dtype=torch.int64, device=device), cols)
 
     @staticmethod
     def concatenate(rasters: list[Raster]) -> Raster:
@@ -45,4 +49,4 @@ class Raster:
             return rasters[0]
         ones = [r.ones for r in rasters if r.ones is not None]
         known = sum(ones) if len(ones) == len(rasters) else None
-        return Raster(torch.cat([r.words for r in rasters]), rasters[0].cols, known)
+        return Raster(torch.cat([r.words for r in rasters]), rasters[0].cols, known, rasters[0].densities)

@@ -1,27 +1,28 @@
-"""What the two libraries of the core are made from, and the tools that make them.
+"""What the libraries of the core are made from.
 
-A `Recipe` lists the compiled files of a library with their flags, and carries a digest of everything that decides
-what the library contains. build.py turns recipes into libraries.
+A `Recipe` lists the compiled files of a library with their flags, names the toolchain that compiles them, and carries a
+digest of everything that decides what the library contains. build.py turns recipes into libraries.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import platform
-import re
-import shlex
-import shutil
-import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .architectures import PORTABLE, architectures_of, code_flags, listed_architectures, portable_serves, visible_gpus
+from .toolchain import CPP, MEANWHILE, NVCC, BuildError, Toolchain, digest, find_compiler, nvcc_candidates
+
+__all__ = ["BuildError", "Recipe", "Unit", "core_recipe", "csrc_folder", "cuda_recipe", "find_compiler", "node_recipe"]
+
 CORE = "snn_sparse_core"
 NODE = "snn_sparse_node"
+CUDA = "snn_sparse_cuda"
 
 # The order is that of the link. An inline function of a header is kept once, from the first object that has it: with
 # the plain instruction set first, code meant for a newer processor is never picked for an older one.
@@ -32,31 +33,10 @@ INSTRUCTION_SETS = {
 }
 COMMON_FLAGS = ("-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 CORE_FLAGS = ("-std=c++17", "-O3", *COMMON_FLAGS, "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+# -lineinfo costs nothing at run time and lets profilers name the lines.
+CUDA_FLAGS = ("-std=c++17", "-O3", "-lineinfo", f"-Xcompiler={','.join(COMMON_FLAGS)}")
 
-_SOURCE_SUFFIXES = {".cpp", ".h", ".hpp", ".inc"}
-
-MEANWHILE = "Until then the host library's own code runs."
-_NO_COMPILER = (
-    "no C++ compiler found (looked for $CXX, c++, g++, clang++). Install one (Debian, Ubuntu: apt install g++; "
-    f"conda: conda install gxx_linux-64) and start again. {MEANWHILE}"
-)
-
-
-class BuildError(RuntimeError):
-    """The core could not be compiled or loaded; the message says why and what to do."""
-
-
-@dataclass(frozen=True)
-class Compiler:
-    """A C++ compiler: the command that starts it, and what it says about itself."""
-
-    command: tuple[str, ...]
-    version: str
-    target: str
-
-    def digest(self) -> str:
-        """A short name for this compiler, part of the name of what it made."""
-        return _digest([self.command, self.version, self.target])[:8]
+_SOURCE_SUFFIXES = {".cpp", ".cu", ".h", ".hpp", ".inc"}
 
 
 @dataclass(frozen=True)
@@ -70,19 +50,24 @@ class Unit:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one library is made. `places` and `link_places` only say where things lie, so they are not in the digest."""
+    """How one library is made. `places` and `link_places` only say where things lie, so they are not in the digest.
+
+    Where the library of one of the `substitutes` is compiled already, it serves as well.
+    """
 
     name: str
+    toolchain: Toolchain
     units: tuple[Unit, ...]
     link: tuple[str, ...]
     places: tuple[str, ...]
     link_places: tuple[str, ...]
     identity: dict[str, Any]
+    substitutes: tuple[Recipe, ...] = ()
 
     def digest(self) -> str:
         """A name for everything that decides what the library contains, but the compiler."""
         units = [(unit.object, unit.flags) for unit in self.units]
-        return _digest([self.identity, units, self.link, platform.machine(), platform.libc_ver()])[:20]
+        return digest([self.identity, units, self.link, platform.machine(), platform.libc_ver()])[:20]
 
 
 def csrc_folder() -> Path:
@@ -92,48 +77,10 @@ def csrc_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "csrc"
 
 
-def find_compiler() -> Compiler:
-    """$CXX if it is set, else the first of c++, g++ and clang++ on PATH."""
-    chosen = shlex.split(os.environ.get("CXX", ""))
-    for program, *arguments in [chosen] if chosen else [["c++"], ["g++"], ["clang++"]]:
-        path = shutil.which(program)
-        if path:
-            return _describe_compiler((path, *arguments))
-    if chosen:
-        raise BuildError(f"$CXX names the compiler {chosen[0]!r}, which is not here. Correct or unset it. {MEANWHILE}")
-    raise BuildError(_NO_COMPILER)
-
-
-def _describe_compiler(command: tuple[str, ...]) -> Compiler:
-    # The C locale: a translated answer would be another compiler to us.
-    environment = {**os.environ, "LC_ALL": "C"}
-    try:
-        answer = subprocess.run([*command, "-v"], capture_output=True, text=True, env=environment, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise BuildError(f"the compiler {shlex.join(command)} does not run: {error}. {MEANWHILE}") from error
-    version = re.search(r"^.*\bversion .*\S", answer.stderr, re.MULTILINE)
-    target = re.search(r"^Target: (.*\S)", answer.stderr, re.MULTILINE)
-    return Compiler(command, version[0] if version else answer.stderr, target[1] if target else "unknown")
-
-
-def find_ninja() -> Path:
-    try:
-        import ninja
-    except ImportError:
-        folder = ""
-    else:
-        folder = ninja.BIN_DIR
-    # Its own path, not PATH: a virtual environment that was not activated is not on PATH.
-    program = Path(folder) / "ninja"
-    if not folder or not program.is_file():
-        raise BuildError(f"compiling needs ninja: pip install ninja. {MEANWHILE}")
-    return program
-
-
 def core_recipe(csrc: Path | None = None) -> Recipe:
     """The CPU kernels: on x86-64 each file once per instruction set; dispatch.cpp, which chooses one, only once."""
     csrc = csrc or csrc_folder()
-    sources = _sources(csrc / "cpu")
+    sources = _sources(csrc / "cpu", "*.cpp")
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     units = [
         Unit(source, f"{source.stem}.o", _core_flags(source, ("-DSSB_X86=1",) if x86 else ()))
@@ -147,10 +94,10 @@ def core_recipe(csrc: Path | None = None) -> Recipe:
             for source in sources
             if source.name != "dispatch.cpp"
         ]
-    files = [path for path in csrc.rglob("*") if path.relative_to(csrc).parts[0] not in ("torch", "cuda")]
     # A missing function fails the link instead of the first user's call.
     link = ("-shared", "-fopenmp", *(("-Wl,-z,defs",) if sys.platform == "linux" else ()))
-    return Recipe(CORE, tuple(units), link, (f"-I{csrc}",), (), {"sources": _contents(files, csrc)})
+    identity = {"sources": _contents(_others(csrc, "torch", "cuda"), csrc)}
+    return Recipe(CORE, CPP, tuple(units), link, (f"-I{csrc}",), (), identity)
 
 
 def _core_flags(source: Path, extra: tuple[str, ...]) -> tuple[str, ...]:
@@ -186,22 +133,53 @@ def node_recipe(csrc: Path | None = None) -> Recipe:
         "torch": [version, torch.version.git_version, abi],
         "python": sysconfig.get_config_var("SOABI"),
     }
-    units = tuple(Unit(source, f"{source.stem}.o", flags) for source in _sources(csrc / "torch"))
+    units = tuple(Unit(source, f"{source.stem}.o", flags) for source in _sources(csrc / "torch", "*.cpp"))
     link = ("-shared", "-lc10", "-ltorch_cpu", "-ltorch_python")
-    return Recipe(NODE, units, link, places, (f"-L{folder / 'lib'}",), identity)
+    return Recipe(NODE, CPP, units, link, places, (f"-L{folder / 'lib'}",), identity)
 
 
-def _sources(folder: Path) -> list[Path]:
-    sources = sorted(folder.glob("*.cpp"))
+def cuda_recipe(csrc: Path | None = None, architectures: Sequence[str] | None = None) -> Recipe:
+    """The CUDA kernels, for `architectures` such as "8.0" and "9.0+PTX".
+
+    By default those of $TORCH_CUDA_ARCH_LIST, else those of the GPUs that are here, else PORTABLE.
+    """
+    csrc = csrc or csrc_folder()
+    architectures = listed_architectures() if architectures is None else architectures
+    substitutes: tuple[Recipe, ...] = ()
+    if not architectures:
+        gpus = visible_gpus()
+        architectures = architectures_of(gpus) or PORTABLE
+        # A library for PORTABLE may be there already: in an image that was made where no GPU is. To have the driver
+        # compile its PTX is the last resort, because a driver that is older than the nvcc may refuse.
+        if gpus and portable_serves(gpus, driver_compiles=not any(nvcc_candidates())):
+            substitutes = (cuda_recipe(csrc, PORTABLE),)
+    code = code_flags(architectures)
+    units = tuple(
+        Unit(source, f"{source.stem}.o", _cuda_flags(source, code)) for source in _sources(csrc / "cuda", "*.cu")
+    )
+    # The CUDA runtime is linked in, which is nvcc's default: the library loads without a driver, next to any torch.
+    link = ("-shared", *code, *(("-Xlinker=-z,defs",) if sys.platform == "linux" else ()))
+    identity = {"sources": _contents(_others(csrc, "torch", "cpu"), csrc)}
+    return Recipe(CUDA, NVCC, units, link, (f"-I{csrc}",), (), identity, substitutes)
+
+
+def _cuda_flags(source: Path, code: tuple[str, ...]) -> tuple[str, ...]:
+    # As in _core_flags: the neurons compute what the host library computes, to the bit.
+    return (*CUDA_FLAGS, *(("-fmad=false",) if source.name.startswith("neuron_") else ()), *code)
+
+
+def _sources(folder: Path, pattern: str) -> list[Path]:
+    sources = sorted(folder.glob(pattern))
     if not sources:
         raise BuildError(f"no sources in {folder}: the installation is not complete. {MEANWHILE}")
     return sources
 
 
+def _others(csrc: Path, *without: str) -> list[Path]:
+    """All that is in `csrc`, but in these folders."""
+    return [path for path in csrc.rglob("*") if path.relative_to(csrc).parts[0] not in without]
+
+
 def _contents(files: list[Path], root: Path) -> dict[str, str]:
     wanted = sorted(path for path in files if path.suffix in _SOURCE_SUFFIXES and path.is_file())
     return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in wanted}
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -14,12 +14,17 @@ from . import kernels
 from .build import load_node
 from .config import Options
 from .counters import counts
+from .native import event_parallel
 from .raster import Raster
+from .reports import Counter, Densities
 from .tapes import TOPOLOGICAL_SLACK, Delivery, SpikeTag, Tape, part
 
 if TYPE_CHECKING:
     from .neuron_tape import NeuronTape
 
+# CUDA: of the inputs that are multiplied densely, one row in so many is looked at, to know their density next time.
+SAMPLED_ROWS = 16
+_densities: weakref.WeakKeyDictionary[nn.Module, Densities] = weakref.WeakKeyDictionary()
 # The open tape of a synapse whose input carries no raster, so that no neuron sequence owns it yet.
 _unowned: weakref.WeakKeyDictionary[nn.Module, weakref.ref[SynapseTape]] = weakref.WeakKeyDictionary()
 
@@ -114,7 +119,8 @@ class SynapseTape(Tape):
         flat = x.detach().reshape(-1, x.shape[-1])
         if tag is not None and (tag.raster.rows, tag.raster.cols) == tuple(flat.shape):
             return Entry(tag.raster, None, 0, key)
-        raster = kernels.pack(flat)
+        # On CUDA the host cannot know whether the values are zeros and ones: they are kept, as the host library does.
+        raster = None if event_parallel(flat.device) else kernels.pack(flat)
         return Entry(raster, flat if raster is None else None, flat._version, key)
 
     def currents(self, host: Any, x: torch.Tensor, entry: Entry) -> torch.Tensor:
@@ -135,14 +141,36 @@ class SynapseTape(Tape):
         return current
 
     def _sparse_currents(self, x: torch.Tensor, entry: Entry) -> torch.Tensor | None:
-        raster = entry.raster
-        if self.options.forward != "sparse" or raster is None:
+        if self.options.forward != "sparse":
             return None
-        if kernels.count(raster) > self.options.crossover * raster.sites:
+        raster, factors = entry.raster, None
+        if raster is not None and not self._pays(kernels.density(raster), unknown=True):
             return None
+        if raster is None:
+            if entry.dense is None or not event_parallel(x.device) or not self._pays(self._input_density()):
+                return None
+            factors = entry.dense.contiguous()
+            raster = kernels.nonzero(factors)
         counts["forward_sparse"] += 1
-        current = self.sparse_product()(raster)
+        current = self.sparse_product()(raster, factors)
         return current if x.dim() == 2 else current.view(*x.shape[:-1], self.weight.shape[0])
+
+    def _pays(self, density: float | None, unknown: bool = False) -> bool:
+        """Whether a product is better done event by event; ``unknown`` is the answer where the density is not known."""
+        return unknown if density is None else density <= self.options.crossover_on(self.weight.device)
+
+    def _input_density(self) -> float | None:
+        """CUDA: density of the inputs that carry no raster, in earlier sequences."""
+        module = self.module()
+        known = _densities.get(module) if module is not None else None
+        return known.look().spikes if known is not None else None
+
+    def _count_inputs(self) -> Counter:
+        """CUDA: a counter from which the density of the inputs will be known later."""
+        counter, module = Counter(self.weight.device), self.module()
+        if module is not None:
+            _densities.setdefault(module, Densities()).watch(counter)
+        return counter
 
     def sparse_product(self) -> kernels.SynapseForward:
         """The event-driven product with the weights of this sequence, packed once."""
@@ -185,7 +213,7 @@ class SynapseTape(Tape):
         chosen, grad = self._total(grads, task)
         if grad is None:
             return result
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(grad.device.type, enabled=False):
             if needs[0] or needs[1]:
                 result[0], result[1] = self._weight_gradient(chosen, grad, bool(needs[0]), bool(needs[1]))
             if any(needs[2 + i] for i in chosen):
@@ -228,11 +256,18 @@ class SynapseTape(Tape):
             grad, entries = grad.view(len(entries), -1, grad.shape[1]).sum(0), entries[:1]
         if all(e.raster is not None for e in entries):
             raster = Raster.concatenate([e.raster for e in entries if e.raster is not None])
-            if kernels.count(raster) <= self.options.crossover * raster.sites:
+            if self._pays(kernels.density(raster), unknown=True):
                 counts["weight_gradient_sparse"] += 1
                 return kernels.weight_gradient(grad, kernels.columns(raster), bias=bias)
-        counts["weight_gradient_dense"] += 1
         x = torch.cat([e.values(grad.dtype) for e in entries]) if len(entries) > 1 else entries[0].values(grad.dtype)
+        if event_parallel(x.device):
+            if self._pays(self._input_density()):
+                counts["weight_gradient_sparse"] += 1
+                x = x.contiguous()
+                events = kernels.columns(kernels.nonzero(x, self._count_inputs()), factors=x)
+                return kernels.weight_gradient(grad, events, bias=bias)
+            kernels.nonzero(x[::SAMPLED_ROWS], self._count_inputs())
+        counts["weight_gradient_dense"] += 1
         return kernels.dense_product(grad.t(), x), grad.sum(0) if bias else None
 
     def _input_gradient(self, chosen: list[int], grad: torch.Tensor, needs: Sequence[bool],
@@ -241,7 +276,7 @@ class SynapseTape(Tape):
         neuron = self._neuron_before(chosen, needs)
         if neuron is not None:
             blocks = [spikes[1] for spikes in (self.steps[i].spikes for i in chosen) if spikes is not None]
-            active = neuron.active_set(blocks, self.options.crossover)
+            active = neuron.active_set(blocks, self.options)
             if active is not None and active.cols == self.weight.shape[1]:
                 counts["input_gradient_sparse"] += 1
                 values = kernels.input_gradient(grad, kernels.columns(active, ranks=True), self.sparse_product().tiles)

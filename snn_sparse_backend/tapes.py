@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .build import load_node
+from .compat.cuda import current_stream
 from .raster import Raster
 
 if TYPE_CHECKING:
@@ -35,13 +36,29 @@ class Delivery:
         blocks: indices of the receiver's blocks, in order.
         dense: ``[rows of all blocks, cols]``, or None. The receiver may divide the same sites into other rows: of
             spikes ``[A, B, N]`` a neuron layer has A, a synapse A * B.
-        active: gradients at the active sites of the blocks only, in row-major order, or None.
+        active: gradients at the active sites of the blocks only, as ``kernels.input_gradient`` returns them, or None.
     """
 
     task: int
     blocks: list[int]
     dense: torch.Tensor | None = None
     active: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self._given = self.dense if self.dense is not None else self.active
+        assert self._given is not None
+        # Work on CUDA is ordered within a stream only, and the engine does not know of this gradient.
+        self._stream = torch.cuda.current_stream(self._given.device) if self._given.is_cuda else None
+
+    def receive(self) -> None:
+        """Lets the current stream wait for the gradient, if it was computed on another one."""
+        if self._stream is None:
+            return
+        here = torch.cuda.current_stream(self._stream.device)
+        if here != self._stream:
+            here.wait_stream(self._stream)
+            assert self._given is not None
+            self._given.record_stream(here)
 
 
 class Tape:
@@ -59,6 +76,8 @@ class Tape:
         """The deliveries of this backward call; leftovers of a call that failed are dropped."""
         mine = [d for d in self.inbox if d.task == task]
         self.inbox = []
+        for delivery in mine:
+            delivery.receive()
         return mine
 
     def observed(self) -> bool:
@@ -92,21 +111,27 @@ class SourceTag(Tag):
 class SpikeTag(Tag):
     """Rides on a spike tensor that a neuron returned: its raster, and where it came from."""
 
-    __slots__ = ("raster", "tape", "block", "version")
+    __slots__ = ("raster", "tape", "block", "version", "stream")
 
     def __init__(self, raster: Raster, tape: NeuronTape, block: int, version: int) -> None:
         self.raster, self.tape, self.block, self.version = raster, weakref.ref(tape), block, version
+        self.stream = current_stream(raster.words.device)
 
 
 def tag_of(tensor: torch.Tensor) -> SpikeTag | None:
-    """The tag of an unmodified spike tensor or of a view of it that keeps its rows."""
+    """The tag of an unmodified spike tensor or of a view of it that keeps its rows.
+
+    On another CUDA stream than that of the neuron the tensor is an ordinary one: its raster belongs to that stream.
+    """
     tag = getattr(tensor, TAG, None)
     if tag is None:
         base = tensor._base
         tag = getattr(base, TAG, None) if base is not None and tensor.numel() == base.numel() else None
         if tag is not None and not tensor.is_contiguous():
             return None
-    return tag if isinstance(tag, SpikeTag) and tag.version == tensor._version else None
+    if not isinstance(tag, SpikeTag) or tag.version != tensor._version:
+        return None
+    return tag if tag.stream == current_stream(tensor.device) else None
 
 
 def part(total: torch.Tensor, first: int, rows: int, shape: torch.Size) -> torch.Tensor:

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import reference
 import torch
+from devices import cuda_kernels, device, down, up
 from reference import Cotangents, Tensors
 
-from snn_sparse_backend import build, kernels
+from snn_sparse_backend import build, kernels, native, scans
 from snn_sparse_backend.dynamics import LI, LIF, Dynamics, leaky
 from snn_sparse_backend.recipes import Recipe
+from snn_sparse_backend.reports import Counter
 from snn_sparse_backend.surrogate import NO_GRADIENT, Surrogate
 
 DTYPES = (torch.float32, torch.float64)
@@ -71,6 +73,8 @@ def compare_rasters(rows: int, cols: int, density: float, dtype: torch.dtype, bl
     dense = spikes(rows, cols, density, seed)
     wide = torch.zeros(rows, cols + 3, dtype=dtype)
     wide[:, :cols] = dense
+    if cuda_kernels():
+        return compare_rasters_on_cuda(dense, wide, dtype, seed)
     raster = kernels.pack(wide[:, :cols])
     assert raster is not None
     same(raster.words, reference.pack(dense))
@@ -92,10 +96,27 @@ def compare_rasters(rows: int, cols: int, density: float, dtype: torch.dtype, bl
     assert kernels.pack(wide[:, :cols]) is None
 
 
+def compare_rasters_on_cuda(dense: torch.Tensor, wide: torch.Tensor, dtype: torch.dtype, seed: int) -> None:
+    """The same; any value that is not zero sets a bit, and counts reach the host some time later."""
+    rows, cols = dense.shape
+    wide[:, :cols] *= torch.tensor((0.5, -1.0, 2.0, float("nan")))[seed % 4]
+    wide[~torch.nn.functional.pad(dense, (0, 3))] = -0.0
+    counter = Counter(device)
+    raster = kernels.nonzero(up(wide)[:, :cols], counter)
+    same(down(raster.words), reference.pack(dense))
+    same(down(kernels.unpack(raster, dtype)), dense.to(dtype))
+    turned = kernels.transpose(raster)
+    same(down(turned.words), reference.pack(dense.t()))
+    counter.look()
+    assert counter.known == (0, dense.sum()) and counter.done == counter.started == dense.numel()
+
+
 def compare_synapse(rows: int, inputs: int, outputs: int, density: float, dtype: torch.dtype, block_rows: int,
                     seed: int, bias: bool = True) -> None:
     dense = spikes(rows, inputs, density, seed)
     weight, offset, grad = (torch.randn(n, dtype=dtype) for n in ((outputs, inputs), (outputs,), (rows, outputs)))
+    if cuda_kernels():
+        return compare_synapse_on_cuda(dense, weight, offset if bias else None, grad)
     raster = kernels.pack(dense.to(dtype))
     assert raster is not None
     product = kernels.SynapseForward(weight, offset if bias else None)
@@ -112,6 +133,27 @@ def compare_synapse(rows: int, inputs: int, outputs: int, density: float, dtype:
     if grad_bias is not None:
         close(grad_bias, expected_bias, TOLERANCE[dtype])
     close(grad_active, reference.input_gradient(grad, dense, weight), TOLERANCE[dtype])
+
+
+def compare_synapse_on_cuda(dense: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+                            grad: torch.Tensor) -> None:
+    """The same, with spikes and with the values of a matrix in their place."""
+    tolerance = TOLERANCE[grad.dtype]
+    product = kernels.SynapseForward(up(weight), up(bias))
+    same(down(product.tiles), reference.pack_weights(weight))
+    for values in (dense.to(grad.dtype), dense * torch.randn_like(grad[:, :1])):
+        factors = None if values.eq(dense).all() else up(values)
+        raster = kernels.nonzero(up(values))
+        close(down(product(raster, factors)), reference.synapse_forward(values, weight, bias), tolerance)
+        events = kernels.columns(raster, factors=factors)
+        grad_weight, grad_bias = kernels.weight_gradient(up(grad), events, bias=bias is not None)
+        expected_weight, expected_bias = reference.weight_gradient(grad, values)
+        close(down(grad_weight), expected_weight, tolerance)
+        assert (grad_bias is not None) == (bias is not None)
+        if grad_bias is not None:
+            close(down(grad_bias), expected_bias, tolerance)
+        at_active = down(kernels.input_gradient(up(grad), events, product.tiles))[values != 0]
+        close(at_active, reference.input_gradient(grad, values != 0, weight), tolerance)
 
 
 # ---- comparisons of neurons ------------------------------------------------------------------------------------------
@@ -135,8 +177,9 @@ class Case:
     def full_parameters(self) -> list[torch.Tensor]:
         return [p.expand(self.inputs.shape[1:]) for p in self.parameters]
 
-    def layer(self) -> kernels.Layer:
-        return kernels.Layer(self.model, self.surrogate, self.parameters, self.inputs.shape[1:], self.inputs.dtype)
+    def layer(self) -> scans.Layer:
+        return scans.Layer(self.model, self.surrogate, up(self.parameters), self.inputs.shape[1:], self.inputs.dtype,
+                           device)
 
 
 def make_case(model: Dynamics, surrogate: Surrogate, steps: int, rows: int, cols: int, dtype: torch.dtype, seed: int,
@@ -154,7 +197,10 @@ def make_case(model: Dynamics, surrogate: Surrogate, steps: int, rows: int, cols
 
 @dataclass
 class Record:
-    """What the forward scan wrote; ``values``: the membranes of the active sites, step by step."""
+    """What the forward scan wrote; ``values``: the membranes of the active sites, step by step.
+
+    Of CUDA kernels ``arena`` holds the values of all steps, in blocks that begin at ``offsets``.
+    """
 
     output: torch.Tensor
     raster: torch.Tensor
@@ -168,6 +214,8 @@ class Record:
     active_counts: list[int]
     spike_counts: list[int]
     calls: int = 0
+    arena: torch.Tensor | None = None
+    offsets: torch.Tensor | None = None
 
     def tensors(self) -> list[torch.Tensor]:
         return [self.output, self.raster, self.reset, self.active, self.membrane, self.current, *self.states,
@@ -176,18 +224,20 @@ class Record:
 
 def forward(case: Case, *, chunk: int | None = None, room: int | None = None) -> Record:
     """Runs the forward scan, ``chunk`` steps a call, with ``room`` for active values; what is not written stays NaN."""
+    if cuda_kernels():
+        return forward_on_cuda(case, chunk or case.steps)
     layer, steps, dtype = case.layer(), case.steps, case.inputs.dtype
     chunk, room = chunk or steps, room or steps * layer.rows * layer.words * 64
     dense = [torch.full_like(case.inputs, float("nan")) for _ in range(3 + len(case.states))]
     words = [torch.full((steps, layer.rows, layer.words), -1) for _ in range(3)]
     finals = [torch.full_like(s, float("nan")) for s in case.states]
     record = Record(dense[0], *words, dense[1], dense[2], dense[3:], finals, [], [], [])
-    scan, before = kernels.ForwardScan(layer), [s.data_ptr() for s in case.states]
+    scan, before = scans.ForwardScan(layer), [s.data_ptr() for s in case.states]
     spiking = (record.raster, record.reset, record.active) if case.model.spikes else (None, None, None)
-    tables = (case.inputs, record.output, *spiking, record.membrane, record.current, *record.states)
+    tables = (case.inputs, record.output, *spiking, record.membrane, record.current, None, *record.states)
     for first in range(0, steps, chunk):
         count = min(chunk, steps - first)
-        pointers = [p for t in tables for p in kernels.step_pointers(t, steps)[first : first + count]]
+        pointers = [p for t in tables for p in scans.step_pointers(t, steps)[first : first + count]]
         done = 0
         while done < count:
             arena = torch.full((room,), float("nan"), dtype=dtype)
@@ -202,6 +252,46 @@ def forward(case: Case, *, chunk: int | None = None, room: int | None = None) ->
     return record
 
 
+def forward_on_cuda(case: Case, chunk: int) -> Record:
+    """The same, with tensors on the device and counts that come back in reports."""
+    layer, steps, inputs = case.layer(), case.steps, up(case.inputs)
+    dense = [torch.full_like(inputs, float("nan")) for _ in range(3 + len(case.states))]
+    words = [torch.full((steps, layer.rows, layer.words), -1, device=device) for _ in range(3)]
+    finals, before = [torch.empty_like(inputs[0]) for _ in case.states], up(case.states)
+    arena = torch.full((max(steps * layer.sites, 1),), float("nan"), dtype=inputs.dtype, device=device)
+    offsets = torch.full((steps, layer.blocks), -1, device=device)
+    scan, counter = scans.ForwardScan(layer), Counter(device)
+    spiking = words if case.model.spikes else [None] * 3
+    tables = (inputs, dense[0], *spiking, dense[1], dense[2], offsets if case.model.spikes else None, *dense[3:])
+    for first in range(0, steps, chunk):
+        count = min(chunk, steps - first)
+        pointers = [p for t in tables for p in scans.step_pointers(t, steps)[first : first + count]]
+        assert scan.run(count, pointers, [s.data_ptr() for s in before], [s.data_ptr() for s in finals],
+                        arena.data_ptr(), arena.numel(), report=counter.launch(count * layer.sites)) == count
+        before = finals
+    dense, words, finals = down(dense), down(words), down(finals)
+    record = Record(dense[0], *words, dense[1], dense[2], dense[3:], finals, [], [], [], arena=arena, offsets=offsets)
+    if case.model.spikes:
+        for t, active in enumerate(record.active):
+            record.values.append(values_in_order(active, down(offsets[t]), down(arena), layer.cols))
+            record.active_counts.append(len(record.values[-1]))
+            record.spike_counts.append(int(reference.unpack(record.raster[t], layer.cols).sum()))
+        if layer.sites:
+            counter.look()
+            assert counter.known == (sum(record.active_counts), sum(record.spike_counts))
+            assert counter.done == steps * layer.sites
+    return record
+
+
+def values_in_order(active: torch.Tensor, offsets: torch.Tensor, arena: torch.Tensor, cols: int) -> torch.Tensor:
+    """The values of a step's active sites in their order, gathered block by block."""
+    found, words = [], active.flatten().split(scans.SITES_PER_BLOCK // 64)
+    for block, offset in zip(words, offsets, strict=True):
+        number = int(reference.unpack(block.unsqueeze(0), 64 * len(block)).sum())
+        found.append(arena[offset : offset + number])
+    return torch.cat(found) if found else arena[:0]
+
+
 Gradients = tuple[torch.Tensor | None, list[torch.Tensor | None], list[torch.Tensor | None]]
 
 
@@ -209,28 +299,48 @@ def backward(case: Case, record: Record, arriving: Cotangents, at_active: list[t
              compressed: bool = False, first: int = 0, last: int | None = None,
              sums: list[torch.Tensor | None] | None = None, wanted: Callable[[], bool] = lambda: True) -> Gradients:
     """Runs the backward scan over the steps ``[first, last)``; ``wanted`` decides about each result."""
-    last = case.steps if last is None else last
+    last, keep = case.steps if last is None else last, []
 
-    def table(tensors: Any, by_step: bool = True) -> Any:
-        pointers = [t.data_ptr() if t is not None else None for t in tensors]
-        return kernels.pointer_table(pointers[first:last])
+    def table(tensors: Any) -> Any:
+        chosen = up(list(tensors)[first:last])
+        keep.extend(chosen)
+        return scans.pointer_table(t.data_ptr() if t is not None else None for t in chosen)
 
     def result(like: torch.Tensor) -> torch.Tensor | None:
-        return torch.full_like(like, float("nan")) if wanted() else None
+        return torch.full_like(like, float("nan"), device=device) if wanted() else None
 
     grad_input, grad_states = result(case.inputs[first:last]), [result(s) for s in case.states]
     if sums is None:
         sums = [torch.zeros_like(case.inputs[0]) if wanted() else None for _ in case.parameters]
-    before = case.states if first == 0 else [s[first - 1] for s in record.states]
-    spiking = {name: table(getattr(record, name)) for name in ("raster", "reset", "active")}
-    kernels.neuron_backward(
+    sums = up(sums)
+    before = up(case.states if first == 0 else [s[first - 1] for s in record.states])
+    stored: dict[str, Any] = {"current": table(record.current)}
+    if case.model.spikes:
+        stored |= {name: table(getattr(record, name)) for name in ("raster", "reset", "active")}
+    if not compressed:
+        stored["membrane"] = table(record.membrane)
+    elif record.arena is None or record.offsets is None:
+        stored["values"] = table(record.values)
+    else:
+        stored["values"] = scans.pointer_table([record.arena.data_ptr()] * (last - first))
+        stored["offsets"] = table(record.offsets)
+    if cuda_kernels():
+        at_active = [spread(grad, record.active[t], case) for t, grad in enumerate(at_active)]
+    scans.neuron_backward(
         case.layer(), last - first, grad_input=grad_input, grad_state_in=grad_states, grad_parameters=sums,
         grad_states=[table(t) for t in arriving.states], state_in=before, grad_output=table(arriving.output),
-        grad_active=table(at_active), **(spiking if case.model.spikes else {}),
-        **({"values": table(record.values)} if compressed else {"membrane": table(record.membrane)}),
-        current=table(record.current),
+        grad_active=table(at_active), **stored,
     )
-    return grad_input, grad_states, sums
+    return down(grad_input), down(grad_states), down(sums)
+
+
+def spread(grad: torch.Tensor | None, active: torch.Tensor, case: Case) -> torch.Tensor | None:
+    """Gradients at active sites as CUDA's kernels take them: in their places, with anything in between."""
+    if grad is None:
+        return None
+    dense = torch.full(case.inputs.shape[1:], float("nan"), dtype=grad.dtype)
+    dense[reference.unpack(active, dense.shape[1])] = grad
+    return dense
 
 
 def cotangents(case: Case, record: Record, share: float) -> tuple[Cotangents, list[torch.Tensor | None]]:
@@ -321,9 +431,17 @@ def library(path: Path) -> Iterator[ctypes.CDLL]:
     """Lets ``kernels`` call another build of the core."""
     with pytest.MonkeyPatch.context() as patch:
         core = ctypes.CDLL(str(path))
-        patch.setattr(kernels, "load_core", lambda: core)
-        kernels._function.cache_clear()
+        patch.setattr(native, "load_core", lambda: core)
+        native._cpu_function.cache_clear()
         try:
             yield core
         finally:
-            kernels._function.cache_clear()
+            native._cpu_function.cache_clear()
+
+
+@contextmanager
+def cuda_on_host(path: Path) -> Iterator[ctypes.CDLL]:
+    """Lets a build of the CUDA kernels for the CPU serve CPU tensors."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "cuda_on_host", ctypes.CDLL(str(path)))
+        yield native.cuda_on_host

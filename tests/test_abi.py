@@ -86,12 +86,12 @@ def test_every_kernel_is_exported() -> None:
 
 
 def test_python_calls_each_kernel_with_its_own_struct() -> None:
-    text = (PACKAGE / "kernels.py").read_text()
-    calls = re.findall(r'_call\(\s*"(\w+)",\s*"(\w+)"', text)
+    text = "\n".join((PACKAGE / name).read_text() for name in ("kernels.py", "scans.py"))
+    calls = re.findall(r'call\(\s*"(\w+)",\s*"(\w+)"', text)
     assert len(calls) >= 8
     for name, arguments in calls:
         assert KERNELS[name] == arguments
-    filled_elsewhere = set(re.findall(r'_function\("(\w+)"\)', text))
+    filled_elsewhere = set(re.findall(r'kernel\("(\w+)", ', text))
     assert {name for name, _ in calls} | filled_elsewhere == set(KERNELS)
 
 

@@ -73,6 +73,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache"
     monkeypatch.setenv("SNN_SPARSE_CACHE", str(folder))
     monkeypatch.setattr(build, "_outcomes", {})
+    monkeypatch.setattr("torch.version.cuda", None)  # test_cuda_build.py is for the CUDA library
     return folder
 
 
@@ -362,7 +363,7 @@ def test_status_compiles_nothing(csrc: Path, cache: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(recipes, "csrc_folder", lambda: csrc)
     before = build.status()
     assert not cache.exists() and before.cache == cache and before.problems == ()
-    assert before.libraries == {"snn_sparse_core": None, "snn_sparse_node": None}
+    assert before.libraries == {"snn_sparse_core": None, "snn_sparse_node": None, "snn_sparse_cuda": None}
     assert before.compiler is not None and before.compiler.version
     built = build.provide(build.core_recipe(), cache)
     assert build.status().libraries["snn_sparse_core"] == built.path

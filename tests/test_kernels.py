@@ -38,7 +38,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from reference import Cotangents
 
-from snn_sparse_backend import build, kernels
+from snn_sparse_backend import build, kernels, native, scans
 from snn_sparse_backend.dynamics import LIF
 from snn_sparse_backend.surrogate import Surrogate
 
@@ -82,9 +82,9 @@ def test_scans(name: str, surrogate: Surrogate, steps: int, rows: int, cols: int
 
 def test_every_wish_may_be_missing() -> None:
     case = make_case(MODELS["subtract"], SURROGATES[1], 3, 4, 70, torch.float64, 0)
-    scan, finals = kernels.ForwardScan(case.layer()), [torch.empty_like(s) for s in case.states]
+    scan, finals = scans.ForwardScan(case.layer()), [torch.empty_like(s) for s in case.states]
     wishes = len(scan.TABLES) + len(case.states) - 1
-    pointers = [*kernels.step_pointers(case.inputs, 3), *[None] * 3 * wishes]
+    pointers = [*scans.step_pointers(case.inputs, 3), *[None] * 3 * wishes]
     assert scan.run(3, pointers, [case.states[0].data_ptr()], [finals[0].data_ptr()]) == 3
     identical(finals, forward(case).finals)
 
@@ -125,9 +125,9 @@ def test_little_room_for_active_values(name: str, surrogate: Surrogate) -> None:
         parts = forward(case, room=room)
         identical(parts.tensors(), whole.tensors())
         assert parts.calls > 1 if surrogate.bounded else parts.calls == 7
-    scan = kernels.ForwardScan(case.layer())
-    tables = [case.inputs, None, None, None, whole.active.clone(), None, None, *[None] * len(case.states)]
-    pointers = [p for t in tables for p in kernels.step_pointers(t, 7)]
+    scan = scans.ForwardScan(case.layer())
+    tables = [case.inputs, None, None, None, whole.active.clone(), None, None, None, *[None] * len(case.states)]
+    pointers = [p for t in tables for p in scans.step_pointers(t, 7)]
     untouched = [torch.full_like(s, 7.0) for s in case.states]
     assert scan.run(7, pointers, [s.data_ptr() for s in case.states], [s.data_ptr() for s in untouched],
                     torch.empty(step).data_ptr(), step - 1) == 0
@@ -166,12 +166,12 @@ def everything(dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tenso
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_change_no_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "SITES_PER_THREAD", 1)
+    monkeypatch.setattr(native, "SITES_PER_THREAD", 1)
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            assert kernels.threads_for(37 * 700) == count
+            assert native.threads_for(37 * 700) == count
             results.append(sum(everything(dtype), []))
     finally:
         torch.set_num_threads(threads)
@@ -182,16 +182,16 @@ def test_threads_change_no_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_instruction_sets_agree(dtype: torch.dtype) -> None:
     try:
-        names = [kernels.instruction_set(0)]
+        names = [native.instruction_set(0)]
         exact, products = everything(dtype)
         for limit in (1, 2):
-            names.append(kernels.instruction_set(limit))
+            names.append(native.instruction_set(limit))
             again, rounded = everything(dtype)
             identical(again, exact)
             for actual, expected in zip(rounded, products, strict=True):
                 close(actual, expected, TOLERANCE[dtype])
     finally:
-        kernels.instruction_set(2)
+        native.instruction_set(2)
     assert names[0] == "baseline"
 
 
@@ -232,11 +232,12 @@ def test_nothing_to_do(rows: int, inputs: int, outputs: int) -> None:
 def test_out_of_memory_is_an_exception() -> None:
     """In a process of its own: an exception in a thread of OpenMP, or out of a C function, ends the process."""
     script = """if True:
-        from snn_sparse_backend import kernels
+        import torch
+        from snn_sparse_backend import native
         for threads in (1, 4):
             try:
-                kernels._call("weight_gradient", "SnnWeightGradient", rows=0, inputs=1 << 50, outputs=64, block_rows=64,
-                              dtype=0, threads=threads)
+                native.call("weight_gradient", "SnnWeightGradient", torch.device("cpu"), rows=0, inputs=1 << 50,
+                            outputs=64, block_rows=64, dtype=0, threads=threads)
             except MemoryError as error:
                 print(error)
     """

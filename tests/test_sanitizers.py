@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from comparisons import plain_recipe
 
-from snn_sparse_backend import build, kernels, recipes
+from snn_sparse_backend import build, native, recipes
 
 # No optimisation: with these checks it makes compiling five times as long, and it removes some of what they would find.
 FLAGS = ("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
@@ -26,7 +26,7 @@ import sys, torch
 from pathlib import Path
 import comparisons as c
 with c.library(Path(sys.argv[1])), c.pytest.MonkeyPatch.context() as patch:
-    patch.setattr(c.kernels, "SITES_PER_THREAD", 64)
+    patch.setattr(c.native, "SITES_PER_THREAD", 64)
     torch.set_num_threads(2)
     for dtype in c.DTYPES:
         for rows, cols in ((1, 1), (65, 63), (64, 128), (130, 200)):
@@ -86,9 +86,9 @@ pytestmark = pytest.mark.skipif(
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The library with both sanitizers, for each instruction set that this processor has; built side by side."""
     try:
-        isas = [isa for limit, isa in enumerate(ISAS) if limit == 0 or isa in kernels.instruction_set(limit)]
+        isas = [isa for limit, isa in enumerate(ISAS) if limit == 0 or isa in native.instruction_set(limit)]
     finally:
-        kernels.instruction_set(2)
+        native.instruction_set(2)
     recipes_of = {isa: plain_recipe(None, (*FLAGS, *ISAS[isa]), ("-fsanitize=address,undefined",)) for isa in isas}
     cache = tmp_path_factory.mktemp("sanitized")
     with ThreadPoolExecutor() as pool:

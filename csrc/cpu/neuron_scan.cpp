@@ -4,9 +4,7 @@
 #include <cstring>
 #include <vector>
 
-#include "../neurons/leaky.h"
-#include "../neurons/li.h"
-#include "../neurons/lif.h"
+#include "../neurons/visit.h"
 #include "../raster.h"
 #include "../surrogates.h"
 #include "kernels.h"
@@ -308,22 +306,6 @@ template <class N> int64_t backward(const SnnNeuronBackward& a) {
       BackwardTask<N, false>(a, first, last).run(&offsets[task * a.steps]);
   });
   return a.steps;
-}
-
-// Calls visit(type tag) with the neuron struct that the layer names.
-template <class N> struct Tag {
-  using Neuron = N;
-};
-template <class T, class Visit> int64_t visit_neuron(const SnnLayer& layer, Visit visit) {
-  if (layer.model == kLif) return visit(Tag<Lif<T>>());
-  if (layer.model == kLi) return visit(Tag<Li<T>>());
-  if (layer.reset == kNone) return visit(Tag<Leaky<T, kNone, false>>());
-  if (layer.reset == kZero)
-    return layer.late_reset ? visit(Tag<Leaky<T, kZero, true>>()) : visit(Tag<Leaky<T, kZero, false>>());
-  return layer.late_reset ? visit(Tag<Leaky<T, kSubtract, true>>()) : visit(Tag<Leaky<T, kSubtract, false>>());
-}
-template <class Visit> int64_t visit_layer(const SnnLayer& layer, Visit visit) {
-  return layer.dtype == kFloat32 ? visit_neuron<float>(layer, visit) : visit_neuron<double>(layer, visit);
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ from .. import __version__
 from ..build import load_node
 from ..config import config
 from ..counters import counts
-from ..kernels import instruction_set
+from ..native import instruction_set
 from ..neuron_tape import NeuronTape
 
 MIB = 2**20

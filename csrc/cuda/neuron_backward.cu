@@ -1,0 +1,197 @@
+// Backward scan: one thread a site, all steps in reverse, the carried gradient in registers. What a step needs at its
+// active sites only is loaded there only. Compiled without contraction of multiply and add, like the forward scan.
+#include "kernels.h"
+#include "scan.h"
+
+namespace snn {
+namespace cuda {
+namespace {
+
+struct Step {
+  const void *grad_output, *grad_active, *grad_states[kMaxStates], *values, *membrane, *current;
+  const uint64_t *raster, *reset, *active;
+  const int64_t* offsets;
+};
+
+// By value, so that a captured launch keeps them. step[0] is the step before the first one, where there is one.
+struct Arguments {
+  SnnLayer layer;
+  const void* state_in;             // the membrane before the first step, if that is the sequence's first
+  const void* carry_in[kMaxStates];  // null: zero
+  void* carry_out[kMaxStates];      // null: not wanted
+  void* grad_input;                 // of the first step
+  void* grad_parameters[kMaxParameters];
+  int64_t steps;
+  Step step[1 + kStepsPerLaunch];
+};
+static_assert(sizeof(Arguments) <= 4096, "larger than the arguments of a kernel may be");
+
+// What one step loads; filled some steps ahead of its use.
+template <class T> struct Loaded {
+  T output, u, current, states[kMaxStates];
+  bool active, spike, reset;  // active: the surrogate derivative has to be evaluated
+};
+
+template <class N, bool Learn> class Scan {
+  using T = typename N::T;
+  static constexpr int kGroup = Learn || sizeof(T) > 4 ? kAhead / 2 : kAhead;  // more would not fit into registers
+
+ public:
+  __device__ Scan(const Arguments& a) : a_(a), site_(a.layer.rows, a.layer.cols), offset_(site_.offset(a.layer.cols)),
+                                        p_(parameters_of<N>(a.layer, site_)) {}
+
+  __device__ void run() {
+    T carry[N::States], sums[N::Count];
+#pragma unroll
+    for (int i = 0; i < N::States; i++)
+      carry[i] = site_.exists && a_.carry_in[i] ? load<T>(a_.carry_in[i], offset_) : T(0);
+#pragma unroll
+    for (int p = 0; Learn && p < N::Count; p++) sums[p] = T(0);
+    for (int64_t last = a_.steps; last > 0; last -= kGroup) {
+      Loaded<T> loaded[kGroup];
+      // Who is active decides what else is loaded, so the bits of all these steps come first.
+#pragma unroll
+      for (int k = 0; k < kGroup; k++)
+        if (last - k > 0) load_bits(a_.step[last - k], loaded[k]);
+#pragma unroll
+      for (int k = 0; k < kGroup; k++)
+        if (last - k > 0) load_values(a_.step[last - k], loaded[k]);
+#pragma unroll
+      for (int k = 0; k < kGroup; k++)
+        if (last - k > 0) reverse_step(last - k, loaded[k], carry, sums);
+    }
+    if (!site_.exists) return;
+#pragma unroll
+    for (int i = 0; i < N::States; i++)
+      if (a_.carry_out[i]) static_cast<T*>(a_.carry_out[i])[offset_] = carry[i];
+#pragma unroll
+    for (int p = 0; Learn && p < N::Count; p++)
+      if (a_.grad_parameters[p]) static_cast<T*>(a_.grad_parameters[p])[offset_] += sums[p];
+  }
+
+ private:
+  __device__ bool differentiable(const Step& step) const {
+    // An output nobody uses sends no gradient at all (not zeros: 0 times an infinite derivative would be NaN).
+    const bool wanted = step.grad_output || step.grad_active || N::InnerSpikeGradient;
+    return N::Spikes && wanted && a_.layer.surrogate.kind != kZeroDerivative;
+  }
+
+  __device__ void load_bits(const Step& step, Loaded<T>& to) const {
+    to.active = site_.exists && N::Spikes && (!step.active || read_bit(step.active, site_));
+    to.spike = (Learn || N::AdjointUsesSpike) && step.raster && read_bit(step.raster, site_);
+    to.reset = (Learn || N::AdjointUsesReset) && step.reset && read_bit(step.reset, site_);
+  }
+
+  __device__ void load_values(const Step& step, Loaded<T>& to) const {
+    // Without parameter gradients the neurons' adjoints see the gradient of a spike only through its derivative.
+    const bool everywhere = site_.exists && (Learn || !N::Spikes);
+    to.output = T(0);
+    if (step.grad_output && (everywhere || to.active)) to.output = load<T>(step.grad_output, offset_);
+    if (step.grad_active && to.active) to.output += load<T>(step.grad_active, offset_);
+    to.u = T(0);
+    const bool derivative = to.active && differentiable(step);
+    if (step.membrane) {
+      if (derivative || (Learn && site_.exists)) to.u = load<T>(step.membrane, offset_);
+    } else if (derivative) {
+      to.u = load<T>(step.values, step.offsets[blockIdx.x] + rank_in_block(step.active, site_));
+    }
+    to.active = derivative;
+    to.current = Learn && N::HasCurrent && step.current && site_.exists ? load<T>(step.current, offset_) : T(0);
+#pragma unroll
+    for (int i = 0; i < N::States; i++)
+      to.states[i] = step.grad_states[i] && site_.exists ? load<T>(step.grad_states[i], offset_) : T(0);
+  }
+
+  __device__ void reverse_step(int64_t step, const Loaded<T>& at, T* carry, T* sums) {
+    const Site<T> site{at.u, at.current, at.spike ? T(1) : T(0), at.reset ? T(1) : T(0)};
+    Cotangents<T, N::States> g;
+    g.output = at.output;
+#pragma unroll
+    for (int i = 0; i < N::States; i++) g.state[i] = carry[i] + at.states[i];
+    T phi = T(0);
+    if (at.active) {
+      const SnnSurrogate& s = a_.layer.surrogate;
+      const T x = at.u - p_.threshold, upstream = N::upstream(p_, site, g);
+      if (inside(x, bound<T>(s.low), bound<T>(s.high)))
+        visit_surrogate<T>(s, [&](auto derivative) { phi = derivative(x, upstream); });
+    }
+    const Gradients<T, N::States, N::Count> r = N::adjoint(p_, site, Learn ? before(step) : T(0), g, phi);
+    if (site_.exists && a_.grad_input)
+      static_cast<T*>(a_.grad_input)[(step - 1) * a_.layer.rows * a_.layer.cols + offset_] = r.input;
+#pragma unroll
+    for (int i = 0; i < N::States; i++) carry[i] = r.carry[i];
+#pragma unroll
+    for (int p = 0; Learn && p < N::Count; p++) sums[p] += r.parameters[p];
+  }
+
+  // The membrane before a step, for parameter gradients.
+  __device__ T before(int64_t step) const {
+    if (!site_.exists) return T(0);
+    if (step == 1 && a_.state_in) return load<T>(a_.state_in, offset_);
+    const Step& earlier = a_.step[step - 1];
+    Site<T> site{T(0), T(0), T(0), T(0)};
+    if (earlier.raster && read_bit(earlier.raster, site_)) site.spike = T(1);
+    if (earlier.reset && read_bit(earlier.reset, site_)) site.reset = T(1);
+    if (earlier.membrane) site.u = load<T>(earlier.membrane, offset_);
+    return N::left(p_, site);
+  }
+
+  const Arguments& a_;
+  const SiteIndex site_;
+  const int64_t offset_;
+  const typename N::Parameters p_;
+};
+
+template <class N, bool Learn>
+__global__ void __launch_bounds__(kSitesPerBlock) backward_kernel(const __grid_constant__ Arguments a) {
+  Scan<N, Learn>(a).run();
+}
+
+Step step_of(const SnnNeuronBackward& a, int64_t step) {
+  Step s{};
+  s.grad_output = entry(a.grad_output, step);
+  s.grad_active = entry(a.grad_active, step);
+  for (int i = 0; i < kMaxStates; i++) s.grad_states[i] = entry(a.grad_states[i], step);
+  s.values = entry(a.values, step);
+  s.membrane = entry(a.membrane, step);
+  s.current = entry(a.current, step);
+  s.raster = entry(a.raster, step);
+  s.reset = entry(a.reset, step);
+  s.active = entry(a.active, step);
+  s.offsets = entry(a.offsets, step);
+  return s;
+}
+
+template <class N> cudaError_t run(const SnnNeuronBackward& a, cudaStream_t stream) {
+  using T = typename N::T;
+  const int64_t blocks = blocks_of(a.layer.rows, a.layer.cols);
+  bool learn = false;
+  for (int p = 0; p < N::Count; p++) learn |= a.grad_parameters[p] != nullptr;
+  for (int64_t last = a.steps; last > 0; last -= kStepsPerLaunch) {
+    const int64_t first = last < kStepsPerLaunch ? 0 : last - kStepsPerLaunch;
+    Arguments chunk{};
+    chunk.layer = a.layer;
+    chunk.steps = last - first;
+    chunk.state_in = first ? nullptr : a.state_in[0];
+    for (int i = 0; i < N::States; i++) {
+      chunk.carry_in[i] = last < a.steps ? a.carry[i] : nullptr;
+      chunk.carry_out[i] = first ? a.carry[i] : a.grad_state_in[i];
+    }
+    if (a.grad_input) chunk.grad_input = static_cast<T*>(a.grad_input) + first * a.layer.rows * a.layer.cols;
+    for (int p = 0; p < N::Count; p++) chunk.grad_parameters[p] = a.grad_parameters[p];
+    for (int64_t k = first ? 0 : 1; k <= chunk.steps; k++) chunk.step[k] = step_of(a, first + k - 1);
+    const auto kernel = learn ? backward_kernel<N, true> : backward_kernel<N, false>;
+    const cudaError_t error = launch(kernel, blocks, 1, kSitesPerBlock, 0, stream, chunk);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace
+
+cudaError_t neuron_backward(const SnnNeuronBackward& a, cudaStream_t stream) {
+  return visit_layer(a.layer, [&](auto tag) { return run<typename decltype(tag)::Neuron>(a, stream); });
+}
+
+}  // namespace cuda
+}  // namespace snn

@@ -1,0 +1,179 @@
+"""Checked wrappers of the neuron scans on torch tensors; the layout is that of kernels.py."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from .abi import CONSTANTS, STRUCTS, SURROGATES
+from .dynamics import Dynamics
+from .native import DTYPES, event_parallel, kernel, threads_for
+from .raster import Raster, words_of
+from .surrogate import Surrogate
+
+TILE = CONSTANTS["kTile"]
+SITES_PER_BLOCK = CONSTANTS["kSitesPerBlock"]
+
+
+def pointer_table(pointers: Iterable[int | None]) -> Any:
+    """A C array of pointers; keep it alive as long as the struct that refers to it."""
+    values = list(pointers)
+    return (ctypes.c_void_p * len(values))(*values)
+
+
+def step_pointers(tensor: torch.Tensor | None, steps: int) -> list[int | None]:
+    """Addresses of the ``steps`` equal parts of a contiguous tensor, or Nones."""
+    if tensor is None:
+        return [None] * steps
+    size = tensor.numel() // steps * tensor.element_size()
+    return [tensor.data_ptr() + size * i for i in range(steps)]
+
+
+class Layer:
+    """A neuron layer bound to its parameter values: what the forward and the backward scan share.
+
+    Args:
+        dynamics: the neuron model.
+        surrogate: its surrogate derivative, cutoff included.
+        parameters: detached tensors, each broadcastable to ``shape``.
+        shape: shape of one time step, ``[B, ...]`` (or less); the first dimension gives the rows.
+        dtype: float32 or float64.
+        device: where the tensors of the layer are; its parameters may also be scalars on the CPU.
+    """
+
+    def __init__(self, dynamics: Dynamics, surrogate: Surrogate, parameters: Sequence[torch.Tensor],
+                 shape: torch.Size, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        self.dynamics, self.surrogate, self.shape, self.dtype = dynamics, surrogate, shape, dtype
+        self.device = torch.device(device)
+        self.rows = shape[0] if len(shape) > 1 else 1
+        self.cols = shape.numel() // self.rows if self.rows else int(torch.Size(shape[1:]).numel())
+        self.words = words_of(self.cols)
+        self.parameters = [self._broadcast(p.to(dtype)) for p in parameters]
+        kind = SURROGATES["k" + surrogate.kind]
+        self.struct = STRUCTS["SnnLayer"](
+            rows=self.rows, cols=self.cols, dtype=DTYPES[dtype], model=CONSTANTS[dynamics.model],
+            reset=CONSTANTS[dynamics.reset], late_reset=int(dynamics.late_reset),
+            threads=threads_for(self.rows * self.cols),
+            surrogate=STRUCTS["SnnSurrogate"](kind=kind, a=surrogate.a, b=surrogate.b, low=surrogate.low,
+                                              high=surrogate.high),
+        )
+        for slot, values in zip(self.struct.parameters, self.parameters, strict=False):
+            slot.data = values.data_ptr()
+            slot.row_stride, slot.col_stride = (
+                stride if size > 1 else 0 for size, stride in zip(values.shape, values.stride(), strict=True)
+            )
+
+    def _broadcast(self, value: torch.Tensor) -> torch.Tensor:
+        """The parameter as a matrix ``[rows, cols]`` whose strides are zero along the axes it is constant on."""
+        if value.device != self.device:  # a scalar; filled in, because copying it would wait for the device
+            value = torch.full((), value.item(), dtype=self.dtype, device=self.device)
+        if value.numel() == 1:
+            return value.reshape(1, 1).clone().expand(self.rows, self.cols)
+        if value.dim() == len(self.shape) and value.shape[0] != 1 and len(self.shape) > 1:
+            return value.expand(self.shape).reshape(self.rows, self.cols).clone()
+        one_row = value.expand(torch.Size([1, *self.shape[1:]]) if len(self.shape) > 1 else self.shape)
+        return one_row.reshape(1, self.cols).clone().expand(self.rows, self.cols)
+
+    @property
+    def sites(self) -> int:
+        return self.rows * self.cols
+
+    def empty(self, *lead: int) -> torch.Tensor:
+        return torch.empty((*lead, *self.shape), dtype=self.dtype, device=self.device)
+
+    def raster(self, steps: int = 1) -> Raster:
+        return Raster.empty(steps * self.rows, self.cols, self.device)
+
+    @property
+    def blocks(self) -> int:
+        """CUDA: blocks of sites, each of which stores the membranes of its active sites together."""
+        return -(-self.rows * self.words * TILE // SITES_PER_BLOCK)
+
+
+class ForwardScan:
+    """The forward scan of a layer; its argument struct is filled once and reused step after step."""
+
+    TABLES = ("input", "output", "raster", "reset", "active", "membrane", "current", "offsets")
+
+    def __init__(self, layer: Layer) -> None:
+        self._layer = layer  # owns the parameters that the struct points to
+        self.arguments = STRUCTS["SnnNeuronForward"](layer=layer.struct)
+        self._address, self._kernel = ctypes.addressof(self.arguments), kernel("neuron_forward", layer.device)
+        self._states = len(layer.dynamics.states)
+        self._state_in, self._state_out = self.arguments.state_in, self.arguments.state_out
+        if not event_parallel(layer.device):
+            self._scratch = torch.empty(layer.rows * layer.words * TILE, dtype=layer.dtype)
+            self.arguments.scratch = self._scratch.data_ptr()
+        self.steps = 0
+
+    def _resize(self, steps: int) -> None:
+        """Makes pointer tables for so many steps, all in one array: table after table."""
+        self.steps = steps
+        self.pointers = (ctypes.c_void_p * (steps * (len(self.TABLES) + self._states)))()
+        self.active_counts, self.spike_counts = (ctypes.c_int64 * steps)(), (ctypes.c_int64 * steps)()
+
+    def _point(self, first: int) -> None:
+        """Lets the struct's tables begin at a step."""
+        a, steps, size = self.arguments, self.steps, ctypes.sizeof(ctypes.c_void_p)
+        begin = ctypes.addressof(self.pointers) + first * size
+        for k, name in enumerate(self.TABLES):
+            setattr(a, name, begin + k * steps * size)
+        for i in range(self._states):
+            a.states[i] = begin + (len(self.TABLES) + i) * steps * size
+        a.steps = steps - first
+        a.active_counts = ctypes.addressof(self.active_counts) + first * ctypes.sizeof(ctypes.c_int64)
+        a.spike_counts = ctypes.addressof(self.spike_counts) + first * ctypes.sizeof(ctypes.c_int64)
+        self._first = first
+
+    def run(self, steps: int, pointers: list[Any], state_in: Sequence[int], state_out: Sequence[int],
+            values: int | None = None, values_capacity: int = 0, first: int = 0, report: Any = None) -> int:
+        """Runs the steps from ``first`` on and returns how many were done (see ``SnnNeuronForward``).
+
+        Args:
+            steps: number of steps the tables describe.
+            pointers: addresses, table after table in the order of ``TABLES`` and then the recorded states, one a step.
+            state_in, state_out: addresses of the states before and after.
+            values, values_capacity: address of and room for the compressed membranes of the active sites.
+            report: CUDA: where counts go, a ``SnnReport``.
+        """
+        if steps != self.steps:
+            self._resize(steps)
+            self._point(first)
+        elif first != self._first:
+            self._point(first)
+        self.pointers[:] = pointers
+        count = self._states
+        self._state_in[:count], self._state_out[:count] = state_in, state_out
+        self.arguments.values, self.arguments.values_capacity = values, values_capacity
+        if report is not None:
+            self.arguments.report = report
+        done = self._kernel(self._address)
+        return steps - first if report is not None else done
+
+
+def neuron_backward(layer: Layer, steps: int, *, grad_input: torch.Tensor | None,
+                    grad_state_in: Sequence[torch.Tensor | None], grad_parameters: Sequence[torch.Tensor | None],
+                    grad_states: Sequence[Any], state_in: Sequence[torch.Tensor | None], **tables: Any) -> None:
+    """The backward scan: fills ``grad_input``, ``grad_state_in``, and adds to ``grad_parameters`` (zeroed before).
+
+    ``tables`` are pointer tables (or None) named as in ``SnnNeuronBackward``.
+    """
+    a = STRUCTS["SnnNeuronBackward"](layer=layer.struct, steps=steps)
+    if event_parallel(layer.device) and steps > CONSTANTS["kStepsPerLaunch"]:
+        carry = [layer.empty() for _ in layer.dynamics.states]
+        for i, scratch in enumerate(carry):
+            a.carry[i] = scratch.data_ptr()
+    for name, table in tables.items():
+        setattr(a, name, ctypes.addressof(table) if table is not None else None)
+    for i, table in enumerate(grad_states):
+        a.grad_states[i] = ctypes.addressof(table) if table is not None else None
+    for slots, tensors in ((a.state_in, state_in), (a.grad_state_in, grad_state_in),
+                           (a.grad_parameters, grad_parameters)):
+        for i, tensor in enumerate(tensors):
+            slots[i] = tensor.data_ptr() if tensor is not None else None
+    if grad_input is not None:
+        a.grad_input = grad_input.data_ptr()
+    kernel("neuron_backward", layer.device)(ctypes.addressof(a))
