@@ -26,10 +26,11 @@ BLOCK_ROWS = 1024
 GRADIENT_BLOCKS = 512
 
 
-def _check(tensor: torch.Tensor, name: str, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-    if tensor.dtype != like.dtype or tensor.device != like.device or tuple(tensor.shape) != tuple(shape):
+def _check(tensor: torch.Tensor, name: str, shape: Sequence[int], dtype: torch.dtype,
+           device: torch.device) -> torch.Tensor:
+    if tensor.dtype != dtype or tensor.device != device or tuple(tensor.shape) != tuple(shape):
         raise ValueError(
-            f"{name}: expected a tensor of shape {tuple(shape)} and dtype {like.dtype} on {like.device}, "
+            f"{name}: expected a tensor of shape {tuple(shape)} and dtype {dtype} on {device}, "
             f"got shape {tuple(tensor.shape)}, dtype {tensor.dtype}, device {tensor.device}"
         )
     if not tensor.is_contiguous():
@@ -72,7 +73,7 @@ def _pack(dense: torch.Tensor, counter: Counter | None) -> tuple[Raster, int]:
 
 def unpack(raster: Raster, dtype: torch.dtype) -> torch.Tensor:
     """The dense matrix ``[rows, cols]`` of zeros and ones."""
-    dense = torch.empty((raster.rows, raster.cols), dtype=dtype, device=raster.words.device)
+    dense = torch.empty((raster.rows, raster.cols), dtype=dtype, device=raster.device)
     call("raster_unpack", "SnnRasterUnpack", dense.device, words=raster.words, rows=raster.rows, cols=raster.cols,
          dense=dense, dtype=DTYPES[dtype], threads=threads_for(raster.sites))
     return dense
@@ -80,8 +81,8 @@ def unpack(raster: Raster, dtype: torch.dtype) -> torch.Tensor:
 
 def transpose(raster: Raster) -> Raster:
     """The raster of the transposed matrix."""
-    out = Raster.empty(raster.cols, raster.rows, raster.words.device)
-    call("raster_transpose", "SnnRasterTranspose", out.words.device, words=raster.words, rows=raster.rows,
+    out = Raster.empty(raster.cols, raster.rows, raster.device)
+    call("raster_transpose", "SnnRasterTranspose", out.device, words=raster.words, rows=raster.rows,
          cols=raster.cols, transposed=out.words, threads=threads_for(raster.sites))
     return out
 
@@ -89,14 +90,14 @@ def transpose(raster: Raster) -> Raster:
 def count(raster: Raster) -> int:
     """CPU only: number of ones, counted at most once."""
     if raster.ones is None:
-        raster.ones = call("raster_count", "SnnRasterCount", raster.words.device, words=raster.words,
+        raster.ones = call("raster_count", "SnnRasterCount", raster.device, words=raster.words,
                            count=raster.words.numel())
     return raster.ones
 
 
 def density(raster: Raster) -> float | None:
     """The share of ones. On CUDA that of earlier steps or sequences, and None where nothing is known yet."""
-    if not event_parallel(raster.words.device):
+    if not event_parallel(raster.device):
         return count(raster) / max(raster.sites, 1)
     return raster.densities.look().spikes if raster.densities is not None else None
 
@@ -111,6 +112,7 @@ class Columns:
 
     rows: int
     cols: int
+    device: torch.device
     start: torch.Tensor | None = None
     row: torch.Tensor | None = None
     rank: torch.Tensor | None = None
@@ -126,8 +128,8 @@ def columns(raster: Raster, *, ranks: bool = False, factors: torch.Tensor | None
         ranks: on the CPU also the place of each event in row-major order.
         factors: CUDA only, see :class:`Columns`.
     """
-    if event_parallel(raster.words.device):
-        return Columns(raster.rows, raster.cols, transposed=transpose(raster).words, factors=factors)
+    if event_parallel(raster.device):
+        return Columns(raster.rows, raster.cols, raster.device, transposed=transpose(raster).words, factors=factors)
     blocks = (raster.rows + BLOCK_ROWS - 1) // BLOCK_ROWS
     events = count(raster)
     start = torch.empty(blocks * (raster.cols + 1), dtype=torch.int64)
@@ -135,7 +137,7 @@ def columns(raster: Raster, *, ranks: bool = False, factors: torch.Tensor | None
     rank = torch.empty(events, dtype=torch.int64) if ranks else None
     call("raster_columns", "SnnRasterColumns", start.device, words=raster.words, rows=raster.rows, cols=raster.cols,
          block_rows=BLOCK_ROWS, start=start, row=row, rank=rank, threads=threads_for(raster.sites))
-    return Columns(raster.rows, raster.cols, start, row, rank, events)
+    return Columns(raster.rows, raster.cols, raster.device, start, row, rank, events)
 
 
 # ---------------------------------------------------------------------------------------------------- synapses
@@ -180,7 +182,7 @@ class SynapseForward:
             raise ValueError(f"expected a raster of {self.inputs} columns, as the weight has inputs, got {raster.cols}")
         a, rows = self._arguments, raster.rows
         current = torch.empty((rows, self.outputs), dtype=self.tiles.dtype, device=self.tiles.device)
-        a.raster, a.rows, a.current = raster.words.data_ptr(), rows, current.data_ptr()
+        a.raster, a.rows, a.current = raster.address, rows, current.data_ptr()
         a.inputs_dense = factors.data_ptr() if factors is not None else None
         a.threads = threads_for(rows * self.outputs)
         self._kernel(self._address)
@@ -196,7 +198,7 @@ def weight_gradient(grad: torch.Tensor, spikes: Columns, *, bias: bool) -> tuple
         bias: whether the gradient of the bias is wanted.
     """
     rows, outputs = grad.shape
-    _check(grad, "grad", (spikes.rows, outputs), grad)
+    _check(grad, "grad", (spikes.rows, outputs), grad.dtype, spikes.device)
     weight = torch.empty((outputs, spikes.cols), dtype=grad.dtype, device=grad.device)
     shape = {"rows": rows, "inputs": spikes.cols, "outputs": outputs, "dtype": DTYPES[grad.dtype]}
     if spikes.transposed is not None:
@@ -246,8 +248,8 @@ def input_gradient(grad: torch.Tensor, active: Columns, tiles: torch.Tensor) -> 
         sites is undefined.
     """
     rows, outputs = grad.shape
-    _check(grad, "grad", (active.rows, outputs), grad)
-    _check(tiles, "tiles", ((outputs + TILE - 1) // TILE, active.cols, TILE), grad)
+    _check(grad, "grad", (active.rows, outputs), grad.dtype, active.device)
+    _check(tiles, "tiles", ((outputs + TILE - 1) // TILE, active.cols, TILE), grad.dtype, active.device)
     if active.transposed is not None:
         out = torch.empty((rows, active.cols), dtype=grad.dtype, device=grad.device)
     elif active.rank is not None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -15,8 +15,9 @@ from .counters import counts
 from .native import event_parallel
 from .raster import Raster
 from .recorder import Block, Plan, Recorder, Result
-from .scans import Layer, neuron_backward, pointer_table, step_pointers
+from .scans import Layer, neuron_backward
 from .synapse_tape import SynapseTape, claim_current
+from .tables import Incoming, Recorded
 from .tapes import TAG, TOPOLOGICAL_SLACK, Delivery, SpikeTag, Tape, part
 
 
@@ -46,6 +47,8 @@ class NeuronTape(Tape):
         # The gradient of the graded spikes factor needs the gradient of every spike, active or not.
         self.needs_all_spike_gradients = "graded_spikes_factor" in {plan.dynamics.parameters[i] for i in learned}
         self.blocks: list[Block] = []
+        self.recorded = Recorded()
+        self.feeder: tuple[weakref.ref[SynapseTape], list[int]] | None = None  # made the inputs of all blocks, so far
         self.outputs: list[tuple[int, int]] = []  # per node output: (0 = output or 1 + state, block)
         self.synapses: dict[int, weakref.ref[SynapseTape]] = {}  # fed by these spikes, by id of their module
         self.last: list[tuple[weakref.ref[torch.Tensor], int, bool]] = []
@@ -94,11 +97,23 @@ class NeuronTape(Tape):
         elif not node.extend(self.handle, [x], *tensors):
             return False
         self.blocks.append(result.block)
+        self.recorded.add(result)
+        self._note_source(result.block.source)
         self.outputs += [(kind, index) for kind, _ in plain + states_inside + finals]
         self.last = [(weakref.ref(t), t._version, t.requires_grad) for t in result.finals]
         if result.block.raster is not None and plan.unit_spikes:
             setattr(result.output, TAG, SpikeTag(result.block.raster, self, index, result.output._version))
         return True
+
+    def _note_source(self, source: tuple[weakref.ref[SynapseTape], int] | None) -> None:
+        """Keeps account of whether one synapse made the inputs of all blocks."""
+        if len(self.blocks) == 1:
+            self.feeder = (source[0], [source[1]]) if source is not None else None
+        elif self.feeder is not None:
+            if source is None or source[0]() is not self.feeder[0]():
+                self.feeder = None
+            else:
+                self.feeder[1].append(source[1])
 
     def active_set(self, blocks: Sequence[int], options: Options) -> Raster | None:
         """The active sites of some blocks, if gradients are wanted only there and the sites are few."""
@@ -129,16 +144,17 @@ class NeuronTape(Tape):
         if self.plan.surrogate.kind == "ZeroDerivative" and dynamics.spikes:
             reached_parameters[dynamics.threshold] = False
         rows = layer.rows
-        blocks = [b for b, first in zip(self.blocks, incoming.firsts, strict=True) if first < steps]
+        reached = bisect_left(self.recorded.firsts, steps)  # blocks
         grad_input = None
         if any(needs[first_input:]):
-            total = sum(b.steps for b in blocks)
+            last = self.blocks[reached - 1]
+            total = self.recorded.firsts[reached - 1] + last.steps
             grad_input = torch.empty((total * rows, layer.cols), dtype=layer.dtype, device=layer.device)
             grad_input[steps * rows :] = 0
-        sums = [layer.empty().zero_() if needs[len(dynamics.states) + i] and reached else None
-                for i, reached in enumerate(reached_parameters)]
-        initial = [layer.empty() if needs[i] and reached else None for i, reached in enumerate(reached_states)]
-        tables = self._recorded(blocks)
+        sums = [layer.empty().zero_() if needs[len(dynamics.states) + i] and matters else None
+                for i, matters in enumerate(reached_parameters)]
+        initial = [layer.empty() if needs[i] and matters else None for i, matters in enumerate(reached_states)]
+        tables = self.recorded.tables(dynamics.reset_is_recorded and not dynamics.late_reset)
         neuron_backward(layer, steps, grad_input=grad_input, grad_state_in=initial, grad_parameters=sums,
                         state_in=self.state_in, **tables, **incoming.tables())
         for i, grad in enumerate(initial):
@@ -149,138 +165,26 @@ class NeuronTape(Tape):
                 parameter = self.parameters[i - len(dynamics.states)]
                 result[i] = grad.sum_to_size(parameter.shape).to(parameter.device)
         if grad_input is not None:
-            self._return_inputs(grad_input, blocks, needs[first_input:], result, first_input, incoming.task)
+            self._return_inputs(grad_input, reached, needs[first_input:], result, first_input, incoming.task)
         return result
 
-    def _recorded(self, blocks: list[Block]) -> dict[str, Any]:
-        """Pointer tables of what the steps recorded."""
-        names = ("raster", "active", "membrane", "current", "values", "offsets")
-        tables: dict[str, list[int | None]] = {name: [] for name in names}
-        resets: list[int | None] = []
-        for block in blocks:
-            for name in ("raster", "active"):
-                raster = getattr(block, name)
-                tables[name] += step_pointers(raster.words if raster else None, block.steps)
-            for name in ("membrane", "current"):
-                tables[name] += step_pointers(getattr(block, name), block.steps)
-            size = self.layer.dtype.itemsize
-            values: list[int | None] = [v.data_ptr() + at * size for v, at in block.values]
-            tables["values"] += values or [None] * block.steps
-            tables["offsets"] += step_pointers(block.offsets, block.steps)
-            resets += step_pointers(block.reset.words if block.reset else None, block.steps)
-        if self.plan.dynamics.reset_is_recorded and not self.plan.dynamics.late_reset:
-            resets = resets[:1] + tables["raster"][:-1]  # who fired in a step is reset in the next
-        return {name: pointer_table(t) for name, t in {**tables, "reset": resets}.items()}
-
-    def _return_inputs(self, grad: torch.Tensor, blocks: list[Block], needs: Sequence[bool],
+    def _return_inputs(self, grad: torch.Tensor, reached: int, needs: Sequence[bool],
                        result: list[torch.Tensor | None], first_input: int, task: int) -> None:
         """Hands the gradients of the inputs to the synapse that made them all, or else to autograd."""
-        rows = self.layer.rows
-        sources = [b.source for b in blocks if b.source is not None]
-        synapse = sources[0][0]() if len(sources) == len(blocks) else None
-        if synapse is not None and all(s[0]() is synapse for s in sources) and all(needs[: len(blocks)]):
-            if not synapse.observed():
-                synapse.deliver(Delivery(task, [s[1] for s in sources], dense=grad))
-                return
-        first = 0
-        for i, block in enumerate(blocks):
+        synapse = self.feeder[0]() if self.feeder is not None else None
+        if self.feeder is not None and synapse is not None and all(needs[:reached]) and not synapse.observed():
+            synapse.deliver(Delivery(task, self.feeder[1][:reached], dense=grad))
+            return
+        first, rows = 0, self.layer.rows
+        for i, block in enumerate(self.blocks[:reached]):
             if needs[i]:
                 result[first_input + i] = part(grad, first, block.steps * rows, block.shape)
             first += block.steps * rows
 
     def release(self) -> None:
         super().release()
-        self.blocks, self.state_in = [], []
+        self.blocks, self.recorded, self.state_in = [], Recorded(), []
         del self.recorder  # and its arena
-
-
-class Incoming:
-    """The gradients that arrive at a tape, through autograd and from the synapses its spikes feed, step by step.
-
-    Attributes:
-        firsts: first step of each block.
-        last_output, last_states: last step at which a gradient arrived for the output, for each state; -1: none.
-        steps: steps that backward has to go through.
-    """
-
-    def __init__(self, tape: NeuronTape, grads: Sequence[torch.Tensor | None]) -> None:
-        self.tape, self.task = tape, load_node().task_id()
-        total, self.firsts = 0, []
-        for block in tape.blocks:
-            self.firsts.append(total)
-            total += block.steps
-        states = len(tape.plan.dynamics.states)
-        self.output: list[int | None] = [None] * total
-        self.active: list[int | None] = [None] * total
-        self.states: list[list[int | None]] = [[None] * total for _ in range(states)]
-        self.keep: list[torch.Tensor] = []  # what the addresses point into
-        dense: dict[int, torch.Tensor] = {}
-        at_active: dict[int, torch.Tensor] = {}
-        for (kind, index), grad in zip(tape.outputs, grads, strict=True):
-            if grad is None:
-                continue
-            grad = grad.to(tape.layer.dtype)
-            if kind == 0:
-                dense[index] = grad
-            else:
-                self._set_state(kind - 1, index, grad)
-        for delivery in tape.accept_deliveries(self.task):
-            self._unpack(delivery, dense, at_active)
-        for found, table in ((dense, self.output), (at_active, self.active)):
-            for index, grad in found.items():
-                self._set(table, index, grad)
-        self.last_output = self._last(self.output, self.active)
-        self.last_states = [self._last(table) for table in self.states]
-        self.steps = max(self.last_output, *self.last_states) + 1
-
-    @staticmethod
-    def _last(*tables: list[int | None]) -> int:
-        return max((i for table in tables for i, address in enumerate(table) if address is not None), default=-1)
-
-    def _unpack(self, delivery: Delivery, dense: dict[int, torch.Tensor], at_active: dict[int, torch.Tensor]) -> None:
-        first = 0
-        for index in delivery.blocks:
-            block = self.tape.blocks[index]
-            if delivery.dense is not None:
-                found, total = dense, delivery.dense.view(-1, self.tape.layer.cols)
-                size = block.steps * self.tape.layer.rows
-            else:
-                assert delivery.active is not None
-                found, total = at_active, delivery.active
-                size = block.active_sites if total.dim() == 1 else block.steps * self.tape.layer.rows
-            grad = total[first : first + size]
-            first += size
-            if index in found:
-                grad = grad + found[index].reshape(grad.shape)
-            found[index] = grad
-
-    def _set(self, table: list[int | None], index: int, grad: torch.Tensor) -> None:
-        grad = grad.contiguous()
-        self.keep.append(grad)
-        block, first = self.tape.blocks[index], self.firsts[index]
-        if table is not self.active or grad.dim() > 1:
-            table[first : first + block.steps] = step_pointers(grad, block.steps)
-            return
-        offset = 0
-        for step, active in enumerate(block.active_counts):
-            table[first + step] = grad.data_ptr() + offset * grad.element_size()
-            offset += active
-
-    def _set_state(self, state: int, index: int, grad: torch.Tensor) -> None:
-        block, first = self.tape.blocks[index], self.firsts[index]
-        if grad.shape != self.tape.layer.shape:  # recorded states: one gradient a step
-            return self._set(self.states[state], index, grad)
-        grad = grad.contiguous()
-        self.keep.append(grad)
-        self.states[state][first + block.steps - 1] = grad.data_ptr()
-
-    def tables(self) -> dict[str, Any]:
-        """Pointer tables, cut to the steps that backward has to go through."""
-        return {
-            "grad_output": pointer_table(self.output[: self.steps]),
-            "grad_active": pointer_table(self.active[: self.steps]),
-            "grad_states": [pointer_table(t[: self.steps]) for t in self.states],
-        }
 
 
 def run_neuron(plan: Plan, x: torch.Tensor, states: Sequence[torch.Tensor], steps: int | None = None,
@@ -307,7 +211,7 @@ def run_neuron(plan: Plan, x: torch.Tensor, states: Sequence[torch.Tensor], step
     if result is None:
         result = tape.recorder.run(x, states, steps, record, first=True)
     elif plan.dynamics.reset_is_recorded and result.block.reset is None:
-        result.block.reset = tape.recorder.resets(states[0])
+        result.begin_with(tape.recorder.resets(states[0]))
     result.block.source = claim_current(x, tape)
     tape.commit(result, x, states)
     return result

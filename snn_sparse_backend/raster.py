@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .reports import Densities
@@ -18,25 +20,38 @@ class Raster:
     """Packed bits of a binary matrix ``[rows, cols]``; a row is one (time step, batch) pair.
 
     Args:
-        words: int64 tensor ``[rows, ceil(cols / 64)]``, lowest bit first, bits beyond ``cols`` zero.
+        storage: int64 tensor ``[all rows, ceil(cols / 64)]``, lowest bit first, bits beyond ``cols`` zero.
         cols: number of sites in a row.
         ones: number of ones, where it is known.
         densities: on CUDA, what is known of the neurons whose spikes these are.
+        first, rows: which rows of the storage these are; by default all.
     """
 
-    __slots__ = ("words", "cols", "ones", "densities")
+    __slots__ = ("storage", "cols", "ones", "densities", "first", "rows")
 
-    def __init__(self, words: torch.Tensor, cols: int, ones: int | None = None,
-                 densities: Densities | None = None) -> None:
-        self.words, self.cols, self.ones, self.densities = words, cols, ones, densities
+    def __init__(self, storage: torch.Tensor, cols: int, ones: int | None = None, densities: Densities | None = None,
+                 first: int = 0, rows: int | None = None) -> None:
+        self.storage, self.cols, self.ones, self.densities = storage, cols, ones, densities
+        self.first, self.rows = first, storage.shape[0] if rows is None else rows
 
     @property
-    def rows(self) -> int:
-        return self.words.shape[0]
+    def words(self) -> torch.Tensor:
+        """The words ``[rows, ceil(cols / 64)]``."""
+        if self.rows == self.storage.shape[0]:
+            return self.storage
+        return self.storage[self.first : self.first + self.rows]
+
+    @property
+    def address(self) -> int:
+        return self.storage.data_ptr() + 8 * self.first * self.storage.shape[1]
 
     @property
     def sites(self) -> int:
         return self.rows * self.cols
+
+    @property
+    def device(self) -> torch.device:
+        return self.storage.device
 
     @staticmethod
     def empty(rows: int, cols: int, device: torch.device | str = "cpu") -> Raster:
@@ -44,9 +59,49 @@ class Raster:
 
     @staticmethod
     def concatenate(rasters: list[Raster]) -> Raster:
-        """The rasters one below the other."""
-        if len(rasters) == 1:
-            return rasters[0]
-        ones = [r.ones for r in rasters if r.ones is not None]
-        known = sum(ones) if len(ones) == len(rasters) else None
-        return Raster(torch.cat([r.words for r in rasters]), rasters[0].cols, known, rasters[0].densities)
+        """The rasters one below the other; those that lie so in memory already are not copied."""
+        first = rasters[0]
+        ones = sum(r.ones for r in rasters) if all(r.ones is not None for r in rasters) else None  # type: ignore[misc]
+        runs: list[list[Any]] = []
+        end = -1
+        for raster in rasters:
+            if raster.first == end and raster.storage is runs[-1][0]:
+                runs[-1][2] += raster.rows
+            else:
+                runs.append([raster.storage, raster.first, raster.rows])
+            end = raster.first + raster.rows
+        if len(runs) == 1:
+            storage, start, rows = runs[0]
+            return Raster(storage, first.cols, ones, first.densities, start, rows)
+        parts = [storage[start : start + rows] for storage, start, rows in runs]
+        return Raster(torch.cat(parts), first.cols, ones, first.densities)
+
+
+class RasterArena:
+    """Storage for the rasters of a sequence whose length is not known: some steps at a time, so that few are copied.
+
+    Args:
+        rows, cols: size of one step.
+    """
+
+    FIRST_STEPS, MOST_STEPS = 8, 16
+
+    def __init__(self, rows: int, cols: int, device: torch.device) -> None:
+        self._rows, self._cols, self._device = rows, cols, device
+        self._storage = torch.empty((0, words_of(cols)), dtype=torch.int64, device=device)
+        self._address = self._used = self._room = 0
+        self._next, self.stride = self.FIRST_STEPS, 8 * rows * words_of(cols)  # stride: bytes of one step
+
+    def take(self, steps: int) -> tuple[Raster, int]:
+        """A raster of so many steps, and its address."""
+        if steps > self._room:
+            self._room, self._used = max(steps, self._next if steps == 1 else 0), 0
+            self._next = self.MOST_STEPS
+            self._storage = torch.empty((self._room * self._rows, words_of(self._cols)), dtype=torch.int64,
+                                        device=self._device)
+            self._address = self._storage.data_ptr()
+        used = self._used
+        self._used += steps
+        self._room -= steps
+        raster = Raster(self._storage, self._cols, None, None, used * self._rows, steps * self._rows)
+        return raster, self._address + used * self.stride

@@ -14,9 +14,9 @@ from .counters import counts
 from .dynamics import Dynamics
 from .kernels import nonzero, pack
 from .native import event_parallel
-from .raster import Raster
+from .raster import Raster, RasterArena
 from .reports import Densities
-from .scans import Layer, step_pointers
+from .scans import ForwardScan, Layer, step_pointers
 from .stores import store_for
 from .surrogate import Surrogate
 
@@ -56,7 +56,8 @@ class Block:
     shape: torch.Size  # of the input
     raster: Raster | None = None
     active: Raster | None = None
-    values: list[tuple[torch.Tensor, int]] = field(default_factory=list)  # per step: storage and offset
+    # Storages of compressed membranes, each with the places in bytes of the steps it holds; empty where none are kept.
+    values: list[tuple[torch.Tensor, list[int]]] = field(default_factory=list)
     offsets: torch.Tensor | None = None  # CUDA: [T, blocks] where the values of each block of sites begin
     active_counts: list[int] = field(default_factory=list)  # CPU: per step
     membrane: torch.Tensor | None = None
@@ -77,12 +78,19 @@ class Result:
         output: spikes, or the membrane of an integrator; ``[B, ...]``, or ``[T, B, ...]`` of a sequence.
         finals: the states after the last step.
         recorded: the states after every step ``[T, B, ...]``, if they were asked for.
+        pointers: what the forward scan was given, see ``ForwardScan.run``.
     """
 
     block: Block
     output: torch.Tensor
     finals: list[torch.Tensor]
     recorded: list[torch.Tensor]
+    pointers: list[int]
+
+    def begin_with(self, reset: Raster) -> None:
+        """Makes this the beginning of a sequence, in which these sites are reset first."""
+        self.block.reset = reset
+        self.pointers[ForwardScan.TABLES.index("reset") * self.block.steps] = reset.address
 
 
 class Recorder:
@@ -102,7 +110,8 @@ class Recorder:
         learns = bool(learned & set(plan.dynamics.needs_membrane))
         self._keep_membrane = learns or (differentiable and not self._keep_active)
         self._keep_current = bool(learned & set(plan.dynamics.needs_current))
-        self._words = torch.empty((layer.rows, layer.words), dtype=torch.int64, device=layer.device)
+        self._rasters, self._active, self._resets = (RasterArena(layer.rows, layer.cols, layer.device)
+                                                     for _ in range(3))
         self._offsets = event_parallel(layer.device)
 
     def run(self, x: torch.Tensor, states: Sequence[torch.Tensor], steps: int | None, record: bool,
@@ -123,36 +132,32 @@ class Recorder:
             output = torch.empty_like(data)
         else:
             output = finals[0]  # an integrator returns its state itself
+        bits: dict[str, int] = {}
         if dynamics.spikes:
-            block.raster = self._raster(count)
+            block.raster, bits["raster"] = self._rasters.take(count)
             if self._keep_active:
-                block.active = self._raster(count)
+                block.active, bits["active"] = self._active.take(count)
             if dynamics.late_reset or (first and dynamics.reset_is_recorded):
-                block.reset = self._raster(count)
+                block.reset, bits["reset"] = self._resets.take(count)
         if self._keep_membrane or (block.active is not None and self._store.dense):
             block.membrane = torch.empty_like(data)
         elif block.active is not None and self._offsets:
             block.offsets = torch.empty((count, layer.blocks), dtype=torch.int64, device=layer.device)
         if self._keep_current:
             block.current = torch.empty_like(data)
-        tables: tuple[torch.Tensor | None, ...] = (
-            data, output if output is not finals[0] else None, _words(block.raster), _words(block.reset),
-            _words(block.active), block.membrane, block.current, block.offsets,
-        )
-        tables += tuple(recorded) if record else (None,) * len(finals)
-        if count == 1:
-            pointers = [t.data_ptr() if t is not None else None for t in tables]
-        else:
-            pointers = [address for t in tables for address in step_pointers(t, count)]
+        dense = {"input": data, "output": output if output is not finals[0] else None, "membrane": block.membrane,
+                 "current": block.current, "offsets": block.offsets}
+        pointers: list[int] = []
+        for name in ForwardScan.TABLES:
+            if name in bits:
+                pointers += range(bits[name], bits[name] + count * self._rasters.stride, self._rasters.stride)
+            else:
+                pointers += step_pointers(dense.get(name), count)
+        for i in range(len(finals)):
+            pointers += step_pointers(recorded[i] if record else None, count)
         self._store.run(block, pointers, [s.data_ptr() for s in before], [s.data_ptr() for s in finals])
         counts["neuron_steps"] += count
-        return Result(block, output, finals, recorded)
-
-    def _raster(self, steps: int) -> Raster:
-        rows = self.layer.rows
-        if steps == 1:
-            return Raster(torch.empty_like(self._words), self.layer.cols)
-        return Raster.empty(steps * rows, self.layer.cols, self._words.device)
+        return Result(block, output, finals, recorded, pointers)
 
     def _ready(self, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """The tensor in the layer's dtype, of full shape and contiguous; itself where it is that already."""
@@ -164,13 +169,12 @@ class Recorder:
         """Copies of the states, of full shape."""
         return [self._ready(s.detach(), self.layer.shape).clone() for s in states]
 
-    def resets(self, membrane: torch.Tensor) -> Raster | None:
+    def resets(self, membrane: torch.Tensor) -> Raster:
         """Who is reset in a step that starts from this membrane."""
         threshold = self.layer.parameters[self.dynamics.threshold]
         state = self._ready(membrane.detach(), self.layer.shape).view(self.layer.rows, self.layer.cols)
         fires = ((state - threshold) > 0).to(self.layer.dtype)
-        return nonzero(fires) if event_parallel(fires.device) else pack(fires)
+        raster = nonzero(fires) if event_parallel(fires.device) else pack(fires)
+        assert raster is not None
+        return raster
 
-
-def _words(raster: Raster | None) -> torch.Tensor | None:
-    return raster.words if raster is not None else None

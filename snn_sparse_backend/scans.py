@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -18,18 +19,27 @@ TILE = CONSTANTS["kTile"]
 SITES_PER_BLOCK = CONSTANTS["kSitesPerBlock"]
 
 
-def pointer_table(pointers: Iterable[int | None]) -> Any:
-    """A C array of pointers; keep it alive as long as the struct that refers to it."""
-    values = list(pointers)
-    return (ctypes.c_void_p * len(values))(*values)
+Table = array  # of addresses, one a step, 0 where there is nothing; keep it alive as long as a struct refers to it
 
 
-def step_pointers(tensor: torch.Tensor | None, steps: int) -> list[int | None]:
-    """Addresses of the ``steps`` equal parts of a contiguous tensor, or Nones."""
+def pointer_table(pointers: Iterable[int | None]) -> Table[int]:
+    """A table of addresses."""
+    return array("Q", [pointer or 0 for pointer in pointers])
+
+
+def step_pointers(tensor: torch.Tensor | None, steps: int) -> Sequence[int]:
+    """Addresses of the ``steps`` equal parts of a contiguous tensor, or zeros."""
     if tensor is None:
-        return [None] * steps
+        return (0,) * steps
+    start = tensor.data_ptr()
+    if steps == 1:
+        return (start,)
     size = tensor.numel() // steps * tensor.element_size()
-    return [tensor.data_ptr() + size * i for i in range(steps)]
+    return range(start, start + size * steps, size) if size else (start,) * steps
+
+
+def _address(table: Table[int] | None) -> int | None:
+    return table.buffer_info()[0] if table is not None else None
 
 
 class Layer:
@@ -167,9 +177,9 @@ def neuron_backward(layer: Layer, steps: int, *, grad_input: torch.Tensor | None
         for i, scratch in enumerate(carry):
             a.carry[i] = scratch.data_ptr()
     for name, table in tables.items():
-        setattr(a, name, ctypes.addressof(table) if table is not None else None)
+        setattr(a, name, _address(table))
     for i, table in enumerate(grad_states):
-        a.grad_states[i] = ctypes.addressof(table) if table is not None else None
+        a.grad_states[i] = _address(table)
     for slots, tensors in ((a.state_in, state_in), (a.grad_state_in, grad_state_in),
                            (a.grad_parameters, grad_parameters)):
         for i, tensor in enumerate(tensors):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +31,7 @@ class HostStore:
         self._used = 0
         self.dense = False  # whether so many sites are active that the whole membrane had better be stored
 
-    def run(self, block: Block, pointers: list[int | None], state_in: list[int], state_out: list[int]) -> None:
+    def run(self, block: Block, pointers: list[int], state_in: list[int], state_out: list[int]) -> None:
         """Calls the kernel until all steps are done; each call fills one arena of compressed membranes at most."""
         done, compress = 0, block.active is not None and block.membrane is None
         while done < block.steps:
@@ -41,11 +42,12 @@ class HostStore:
             else:
                 ran = self._scan.run(block.steps, pointers, state_in, state_out, first=done)
             if block.active is not None:
-                for active in self._scan.active_counts[done : done + ran]:
-                    block.active_counts.append(active)
-                    if compress:
-                        block.values.append((arena, self._used))
-                        self._used += active
+                found = self._scan.active_counts[done : done + ran]
+                block.active_counts += found
+                if compress:
+                    places = list(accumulate(found, initial=self._used))
+                    self._used = places.pop()
+                    block.values.append((arena, [place * arena.element_size() for place in places]))
             state_in, done = state_out, done + ran
         if block.raster is not None:
             block.raster.ones = sum(self._scan.spike_counts)
@@ -81,13 +83,13 @@ class DeviceStore:
         active = self._densities.look().active
         return active is not None and active > STORE_DENSE_ABOVE
 
-    def run(self, block: Block, pointers: list[int | None], state_in: Sequence[int], state_out: Sequence[int]) -> None:
+    def run(self, block: Block, pointers: list[int], state_in: Sequence[int], state_out: Sequence[int]) -> None:
         """Enqueues all steps."""
         sites, address, capacity = block.steps * self._layer.sites, None, 0
         if block.active is not None and block.membrane is None:
             arena = self._room(sites)
             address, capacity = arena.data_ptr(), arena.numel()
-            block.values = [(arena, 0)] * block.steps
+            block.values = [(arena, [0] * block.steps)]
         self._scan.run(block.steps, pointers, state_in, state_out, address, capacity,
                        report=self._counter.launch(sites))
         self._densities.watch(self._counter)

@@ -1,0 +1,188 @@
+"""The pointer tables of the backward scan: of what the steps recorded, and of the gradients that arrive.
+
+A sequence may have thousands of steps, so nothing here is done step by step in backward unless it has to be.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .build import load_node
+from .recorder import Result
+from .scans import ForwardScan, Table, step_pointers
+from .tapes import Delivery
+
+if TYPE_CHECKING:
+    from .neuron_tape import NeuronTape
+
+
+class Recorded:
+    """Addresses of what a sequence recorded, noted while it is recorded.
+
+    Attributes:
+        firsts: first step of each block.
+        steps: number of steps.
+        active_counts: CPU: active sites of each step.
+    """
+
+    _NOTED = [(i, name) for i, name in enumerate(ForwardScan.TABLES) if name not in ("input", "output")]
+
+    def __init__(self) -> None:
+        self.firsts: list[int] = []
+        self.steps = 0
+        self.active_counts: list[int] = []
+        self._tables: dict[str, Table[int]] = {name: array("Q") for _, name in self._NOTED}
+        # Runs of steps whose compressed membranes are in one storage, which may move when it shrinks.
+        self._values: list[tuple[torch.Tensor | None, list[int]]] = []
+
+    def add(self, result: Result) -> None:
+        """Notes one more block."""
+        block, pointers, steps = result.block, result.pointers, result.block.steps
+        self.firsts.append(self.steps)
+        self.steps += steps
+        for i, name in self._NOTED:
+            if steps == 1:
+                self._tables[name].append(pointers[i])
+            else:
+                self._tables[name].extend(pointers[i * steps : (i + 1) * steps])
+        self.active_counts += block.active_counts
+        for storage, places in block.values or [(None, [0] * steps)]:
+            if self._values and self._values[-1][0] is storage:
+                self._values[-1][1].extend(places)
+            else:
+                self._values.append((storage, list(places)))
+
+    def tables(self, resets_follow_spikes: bool) -> dict[str, Table[int]]:
+        """The tables by their names in ``SnnNeuronBackward``.
+
+        Args:
+            resets_follow_spikes: who fired in a step is reset in the next, so only the first step recorded resets.
+        """
+        values = array("Q")
+        for storage, places in self._values:
+            base = storage.data_ptr() if storage is not None else 0
+            values.extend([base + place for place in places])
+        tables = {**self._tables, "values": values}
+        if resets_follow_spikes:
+            tables["reset"] = self._tables["reset"][:1] + self._tables["raster"][:-1]
+        return tables
+
+
+class Incoming:
+    """The gradients that arrive at a tape, through autograd and from the synapses its spikes feed, step by step.
+
+    Attributes:
+        last_output, last_states: last step at which a gradient arrived for the output, for each state; -1: none.
+        steps: steps that backward has to go through.
+    """
+
+    def __init__(self, tape: NeuronTape, grads: Sequence[torch.Tensor | None]) -> None:
+        self._tape, self.task = tape, load_node().task_id()
+        self._keep: list[torch.Tensor] = []  # what the addresses point into
+        self._copies: dict[Any, torch.Tensor] = {}
+        empty = array("Q", bytes(8 * tape.recorded.steps))
+        self._output, self._active = empty[:], empty[:]
+        self._states = [empty[:] for _ in tape.plan.dynamics.states]
+        dense: dict[int, torch.Tensor] = {}
+        at_active: dict[int, torch.Tensor] = {}
+        for (kind, index), grad in zip(tape.outputs, grads, strict=True):
+            if grad is None:
+                continue
+            if kind == 0:
+                dense[index] = grad.to(tape.layer.dtype)
+            else:
+                self._set_state(kind - 1, index, grad.to(tape.layer.dtype))
+        deliveries = tape.accept_deliveries(self.task)
+        if len(deliveries) != 1 or dense or not self._set_all(deliveries[0]):
+            for delivery in deliveries:
+                self._unpack(delivery, dense, at_active)
+        for found, table in ((dense, self._output), (at_active, self._active)):
+            for index, grad in found.items():
+                self._set(table, index, grad)
+        self.last_output = max(_last(self._output), _last(self._active))
+        self.last_states = [_last(table) for table in self._states]
+        self.steps = max(self.last_output, *self.last_states) + 1
+
+    def _set_all(self, delivery: Delivery) -> bool:
+        """The usual case: one synapse after another step by step, and nothing else. False if it is another one."""
+        blocks, recorded, layer = delivery.blocks, self._tape.recorded, self._tape.layer
+        first = recorded.firsts[blocks[0]]
+        if blocks != list(range(blocks[0], blocks[0] + len(blocks))):
+            return False
+        steps = recorded.firsts[blocks[-1]] + self._tape.blocks[blocks[-1]].steps - first
+        grad = delivery.dense if delivery.dense is not None else delivery.active
+        assert grad is not None
+        grad = grad.contiguous()
+        self._keep.append(grad)
+        if grad.dim() == 1 and delivery.active is not None:
+            counts = recorded.active_counts[first : first + steps - 1]
+            places = accumulate(counts, initial=0)
+            start, size = grad.data_ptr(), grad.element_size()
+            self._active[first : first + steps] = array("Q", [start + place * size for place in places])
+            return True
+        table = self._output if delivery.dense is not None else self._active
+        # A synapse may leave out the last rows, whose currents received no gradient.
+        steps = min(steps, grad.numel() // max(layer.sites, 1)) if layer.sites else steps
+        size = layer.sites * grad.element_size()
+        table[first : first + steps] = array("Q", (grad.data_ptr() + i * size for i in range(steps)))
+        return True
+
+    def _unpack(self, delivery: Delivery, dense: dict[int, torch.Tensor], at_active: dict[int, torch.Tensor]) -> None:
+        first, layer = 0, self._tape.layer
+        for index in delivery.blocks:
+            block = self._tape.blocks[index]
+            if delivery.dense is not None:
+                found, total = dense, delivery.dense.view(-1, layer.cols)
+                size = block.steps * layer.rows
+            else:
+                assert delivery.active is not None
+                found, total = at_active, delivery.active
+                size = block.active_sites if total.dim() == 1 else block.steps * layer.rows
+            grad = total[first : first + size]
+            first += size
+            if index in found:
+                grad = grad + found[index].reshape(grad.shape)
+            found[index] = grad
+
+    def _contiguous(self, grad: torch.Tensor) -> torch.Tensor:
+        """The gradient, contiguous; one copy for all steps where a sum hands the same number to all of them."""
+        if grad.is_contiguous():
+            self._keep.append(grad)
+            return grad
+        key = (grad.data_ptr(), grad.shape, grad.stride())
+        if key not in self._copies:
+            self._keep.append(grad)  # so that no other gradient gets its address
+            self._copies[key] = grad.contiguous()
+        return self._copies[key]
+
+    def _set(self, table: Table[int], index: int, grad: torch.Tensor) -> None:
+        grad = self._contiguous(grad)
+        block, first = self._tape.blocks[index], self._tape.recorded.firsts[index]
+        if table is not self._active or grad.dim() > 1:
+            table[first : first + block.steps] = array("Q", step_pointers(grad, block.steps))
+            return
+        offset = 0
+        for step, active in enumerate(block.active_counts):
+            table[first + step] = grad.data_ptr() + offset * grad.element_size()
+            offset += active
+
+    def _set_state(self, state: int, index: int, grad: torch.Tensor) -> None:
+        block, first = self._tape.blocks[index], self._tape.recorded.firsts[index]
+        if grad.shape != self._tape.layer.shape:  # recorded states: one gradient a step
+            return self._set(self._states[state], index, grad)
+        self._states[state][first + block.steps - 1] = self._contiguous(grad).data_ptr()
+
+    def tables(self) -> dict[str, Any]:
+        """The tables by their names in ``SnnNeuronBackward``."""
+        return {"grad_output": self._output, "grad_active": self._active, "grad_states": self._states}
+
+
+def _last(table: Table[int]) -> int:
+    """The last step that has an entry, or -1."""
+    return next((step for step in range(len(table) - 1, -1, -1) if table[step]), -1)
+
