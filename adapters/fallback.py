@@ -52,11 +52,16 @@ def tensor_problem(x: torch.Tensor, *others: torch.Tensor) -> str | None:
             return "tensors made in inference mode are not supported"
         if tensor.device != x.device and (tensor.dim() or not tensor.is_cpu):
             return f"its tensors are on {x.device} and {tensor.device}"
-    if x.is_cpu:
+    return kernels_problem(x.device)
+
+
+def kernels_problem(device: torch.device) -> str | None:
+    """Why there are no kernels for a device, or None."""
+    if device.type == "cpu":
         return None
-    if x.is_cuda:
+    if device.type == "cuda":
         return _load_problem("the CUDA kernels are", load_cuda)
-    return f"tensors on {x.device.type} are not supported, only those on the CPU and on CUDA"
+    return f"tensors on {device.type} are not supported, only those on the CPU and on CUDA"
 
 
 def mode_problem(device: torch.device) -> str | None:

@@ -24,6 +24,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from .build import load_node
 from .neuron_tape import NeuronTape
 from .recorder import Plan
+from .reports import Slots
 from .synapse_tape import SynapseTape
 from .tapes import Tape
 
@@ -201,11 +202,11 @@ def _sources(tape: Tape) -> Iterator[tuple[int, Tape]]:
 
 
 def _held(thing: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor that an object holds on to, with the attributes that lead to it; modules' own data left out."""
+    """Every tensor that an object holds on to, with the attributes that lead to it; what serves all graphs left out."""
     if isinstance(thing, Tensor):
         yield path, thing
         return
-    if id(thing) in seen or isinstance(thing, (nn.Module, Plan)):
+    if id(thing) in seen or isinstance(thing, (nn.Module, Plan, Slots)):
         return
     seen.add(id(thing))
     if isinstance(thing, (list, tuple)):

@@ -24,7 +24,7 @@ _TAGS = 1 << 22
 _PENDING = 8
 
 
-class _Slots:
+class Slots:
     """Pinned memory for the reports of the last 65536 launches.
 
     It is never freed: a kernel may still write to it when nobody waits for its report any more, and a captured one
@@ -60,8 +60,8 @@ class _Slots:
 
 
 @cache
-def _slots(pinned: bool) -> _Slots:
-    return _Slots(pinned)
+def _slots(pinned: bool) -> Slots:
+    return Slots(pinned)
 
 
 class Counter:

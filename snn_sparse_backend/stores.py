@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # From this density of active sites on, the dense membrane is stored instead of compressed values.
 STORE_DENSE_ABOVE = 0.3
 # CUDA: an arena has room for so many steps in which every site is active.
-ARENA_STEPS = 8
+ARENA_STEPS = 4
 
 
 class HostStore:

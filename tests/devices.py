@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,18 @@ device = torch.device("cpu")  # conftest.py changes it
 def cuda_kernels() -> bool:
     """Whether CUDA's kernels run, wherever that is."""
     return native.event_parallel(device)
+
+
+def wait() -> None:
+    """Waits until the device has done all it was told to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def environment(checkout: Path) -> dict[str, str]:
+    """Of a process that imports the package and the tests from this checkout."""
+    places = [str(checkout), str(checkout / "tests"), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))}
 
 
 def up(tensor: Any) -> Any:

@@ -1,0 +1,323 @@
+"""What only matters with CUDA's kernels: streams, captured graphs, waiting, memory. ``pytest --kernels cuda``.
+
+With ``--kernels cuda-host`` those tests run that need no device.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import devices
+import pytest
+import snntorch as snn
+import torch
+from devices import cuda_kernels, down, up
+from snn_sparse_backend.adapters import fallback
+from snntorch import surrogate
+from torch import Tensor, nn
+
+import snn_sparse_backend as sparse
+from snn_sparse_backend import BuildError, build, kernels, memory, native, reports
+
+pytestmark = pytest.mark.skipif(not cuda_kernels(), reason="needs --kernels cuda or cuda-host")
+on_a_gpu = pytest.mark.skipif(devices.device.type != "cuda", reason="needs a GPU")
+
+STEPS, BATCH, SIZES = 40, 16, (70, 200, 150, 10)
+
+
+class Net(nn.Module):
+    """Linear and Leaky in turn, in a loop over time."""
+
+    def __init__(self, learn_beta: bool = False) -> None:
+        super().__init__()
+        self.synapses = nn.ModuleList(nn.Linear(a, b) for a, b in zip(SIZES, SIZES[1:], strict=False))
+        spike_grad = surrogate.fast_sigmoid(slope=25)
+        self.neurons = nn.ModuleList(snn.Leaky(0.9, learn_beta=learn_beta, spike_grad=spike_grad) for _ in SIZES[1:])
+        for synapse in self.synapses:
+            nn.init.uniform_(synapse.weight, -0.25, 0.25)
+
+    def forward(self, xs: Tensor) -> Tensor:
+        mems = [lif.reset_mem() for lif in self.neurons]
+        total = xs.new_zeros(())
+        for x in xs:
+            for i, (synapse, lif) in enumerate(zip(self.synapses, self.neurons, strict=True)):
+                x, mems[i] = lif(synapse(x), mems[i])
+            total = total + (x * torch.linspace(-1, 1, x.shape[1], device=x.device)).sum() + mems[-1].square().mean()
+        return total
+
+
+def make(**options: Any) -> tuple[Net, Tensor]:
+    torch.manual_seed(0)
+    xs = (torch.rand(STEPS, BATCH, SIZES[0], device="cpu") < 0.1).float()
+    with torch.device("cpu"):
+        net = Net(**options)
+    return net.to(devices.device), up(xs)
+
+
+def gradients(net: nn.Module, loss: Callable[[], Tensor]) -> list[Tensor]:
+    net.zero_grad()
+    value = loss()
+    value.backward()
+    return [value.detach().clone(), *(p.grad.clone() for p in net.parameters() if p.grad is not None)]
+
+
+def close(found: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm(), (a - b).norm() / b.norm()
+
+
+OPTIONS: tuple[dict[str, Any], ...] = ({}, {"cutoff": 0.3}, {"cutoff": 0.3, "forward": "sparse"})
+
+
+@pytest.mark.parametrize("learn_beta", [False, True])
+def test_a_net_that_is_moved(learn_beta: bool) -> None:
+    """``net.cuda()`` is all there is to do; the choice of products changes once densities are known, the result not."""
+    net, xs = make(learn_beta=learn_beta)
+    expected = gradients(net, lambda: net(xs))
+    ran = set()
+    with sparse.enabled("snntorch"):
+        for _ in range(4):
+            sparse.reset_counts()
+            close(gradients(net, lambda: net(xs)), expected)
+            ran |= {name for name, number in sparse.counts.items() if number}
+            assert sparse.counts["host_steps"] == 0 and sparse.counts["neuron_nodes"] == 3
+            devices.wait()
+    assert {"weight_gradient_dense", "weight_gradient_sparse"} <= ran  # the first synapse had to learn its density
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_run_gives_the_same_bits(options: dict[str, Any]) -> None:
+    net, xs = make()
+    with sparse.enabled("snntorch", **options):
+        for _ in range(3):  # until the densities are known
+            gradients(net, lambda: net(xs))
+            devices.wait()
+        runs = [gradients(net, lambda: net(xs)) for _ in range(3)]
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+def test_memory_kept_with_a_cutoff() -> None:
+    """Less than a tenth of what the host keeps, though nobody knew beforehand how many sites would be active."""
+    torch.manual_seed(0)
+    sizes, steps, batch = (100, 512, 512), 100, 16
+    with torch.device("cpu"):
+        layers = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
+        xs = (torch.rand(steps, batch, sizes[0]) < 0.1).float()
+    synapses = nn.ModuleList(layers).to(devices.device)
+    neurons = [snn.Leaky(0.9, spike_grad=surrogate.fast_sigmoid(slope=25)).to(devices.device) for _ in layers]
+    xs = up(xs)
+    for synapse, gain in zip(synapses, (0.5, 0.4), strict=True):
+        nn.init.normal_(synapse.weight, 0.0, gain / sizes[0] ** 0.5 * 2)
+        nn.init.constant_(synapse.bias, -0.05)
+    made: list[Tensor] = []
+    rates: list[Tensor] = []
+
+    def run() -> Tensor:
+        mems = [lif.reset_mem() for lif in neurons]
+        total = xs.new_zeros(())
+        for x in xs:
+            for i, (synapse, lif) in enumerate(zip(synapses, neurons, strict=True)):
+                x, mems[i] = lif(synapse(x), mems[i])
+                rates.append(x.detach().mean())
+                made.extend((x, mems[i]))
+            devices.wait()  # as a host that is slower than the device
+            total = total + x.sum()
+        return total
+
+    host = memory.host_saved_bytes(run, exclude=[xs])
+    assert 0.005 < down(torch.stack(rates)).mean() < 0.04
+    made.clear()
+    with sparse.enabled("snntorch", cutoff=0.05):
+        loss = run()
+        kept = memory.saved_by_kind([loss, *made], exclude=[xs])
+    assert sum(kept.values()) < host / 10, (kept, host)
+
+
+def test_the_reason_when_there_is_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One warning that says how to get it, and the host's own result."""
+    net, xs = make()
+    expected = gradients(net, lambda: net(xs))
+
+    def fail() -> None:
+        raise BuildError("no nvcc found. Install it: pip install 'snn-sparse-backend[cuda]'")
+
+    monkeypatch.setattr(fallback, "load_cuda", fail)
+    monkeypatch.setattr(fallback, "_problems", {})
+    fallback.forget_warnings()
+    if devices.device.type != "cuda":
+        monkeypatch.setattr(fallback, "kernels_problem", lambda device: fallback._load_problem("x", fail))
+    sparse.reset_counts()
+    with sparse.enabled("snntorch"), pytest.warns(sparse.SparseFallbackWarning, match="pip install") as seen:
+        found = gradients(net, lambda: net(xs))
+    assert len(seen) == 1 and sparse.counts["neuron_steps"] == 0 and sparse.counts["host_steps"] > 0
+    close(found, expected)
+
+
+def test_counts_do_not_come_back_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host far ahead of the device: no report ever comes in, and all gradients are the same."""
+    net, xs = make()
+    with sparse.enabled("snntorch", cutoff=0.3):
+        expected = gradients(net, lambda: net(xs))
+        monkeypatch.setattr(reports.Counter, "look", lambda self: None)
+        found = gradients(net, lambda: net(xs))
+    close(found, expected)
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@on_a_gpu
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_training_step_never_waits(options: dict[str, Any]) -> None:
+    net, xs = make(learn_beta=True)
+    optimizer = torch.optim.Adam(net.parameters(), capturable=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        net(xs).backward()
+        optimizer.step()
+
+    with sparse.enabled("snntorch", **options):
+        for _ in range(3):
+            step()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(2):
+                step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert sparse.counts["host_steps"] == 0
+
+
+@on_a_gpu
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_captured_step_replays(options: dict[str, Any]) -> None:
+    """Forward and backward in one CUDA graph; its input and weights may change between replays."""
+    net, xs = make()
+    static = xs.clone()
+    with sparse.enabled("snntorch", **options):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                gradients(net, lambda: net(static))
+        torch.cuda.current_stream().wait_stream(side)
+        net.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = net(static)
+            loss.backward()
+        for seed in range(3):
+            torch.manual_seed(seed)
+            other = (torch.rand_like(xs) < 0.1).float()
+            static.copy_(other)
+            with torch.no_grad():
+                for parameter in net.parameters():
+                    parameter.add_(0.01 * torch.randn_like(parameter))
+            graph.replay()
+            found = [loss.detach().clone(), *(p.grad.clone() for p in net.parameters() if p.grad is not None)]
+            before = [p.grad for p in net.parameters()]
+            eager = gradients(net, lambda: net(static))  # noqa: B023
+            for parameter, grad in zip(net.parameters(), before, strict=True):
+                parameter.grad = grad  # where the graph writes
+            close(found, eager)
+
+
+@on_a_gpu
+def test_streams() -> None:
+    """A step on a stream of its own, two at once, and a sequence that changes streams half-way."""
+    net, xs = make()
+    other, ys = make()
+    with sparse.enabled("snntorch", cutoff=0.3):
+        expected = gradients(net, lambda: net(xs))
+        torch.cuda.synchronize()
+        streams, found = [torch.cuda.Stream(), torch.cuda.Stream()], []
+        for model, inputs, stream in ((net, xs, streams[0]), (other, ys, streams[1])):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                found.append(gradients(model, lambda: model(inputs)))  # noqa: B023
+        torch.cuda.synchronize()
+        close(found[0], expected)
+        close(found[1], expected)
+
+        def changing() -> Tensor:
+            lif, synapse = net.neurons[0], net.synapses[0]
+            mem, total, main = lif.reset_mem(), xs.new_zeros(()), torch.cuda.current_stream()
+            for t, x in enumerate(xs):
+                stream = main if t % 10 < 5 else streams[0]
+                stream.wait_stream(main if stream is not main else streams[0])
+                with torch.cuda.stream(stream):
+                    spk, mem = lif(synapse(x), mem)
+                    total = total + (spk * torch.linspace(-1, 1, spk.shape[1])).sum()
+            main.wait_stream(streams[0])
+            return total
+
+        again = gradients(net, changing)
+    torch.cuda.synchronize()
+    with torch.no_grad():
+        assert all(g.isfinite().all() for g in again)
+    close(again, gradients(net, changing))
+
+
+@on_a_gpu
+def test_the_host_keeps_its_device() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU only")
+    net, xs = make()
+    expected = down(gradients(net, lambda: net(xs)))
+    net, xs = net.to("cuda:1"), xs.to("cuda:1")
+    with sparse.enabled("snntorch"), torch.cuda.device(0):
+        close(down(gradients(net, lambda: net(xs))), expected)
+        assert torch.cuda.current_device() == 0
+
+
+@on_a_gpu
+def test_layers_on_the_cpu_stay_as_they_are() -> None:
+    net, xs = make()
+    with torch.device("cpu"), sparse.enabled("snntorch"):
+        net, xs = net.cpu(), xs.cpu()
+        sparse.reset_counts()
+        gradients(net, lambda: net(xs))
+    assert sparse.counts["host_steps"] == 0 and sparse.counts["neuron_steps"] == 3 * STEPS
+
+
+@on_a_gpu
+def test_an_error_of_the_device_is_told() -> None:
+    a = torch.ones(4, 64, device=devices.device)
+    with pytest.raises(RuntimeError, match="CUDA error: invalid configuration"):
+        native.call("raster_unpack", "SnnRasterUnpack", devices.device, words=a, rows=1 << 60, cols=64, dense=a, dtype=0)
+    raster = kernels.nonzero(a)
+    assert torch.equal(kernels.unpack(raster, torch.float32), a)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
+def test_compute_sanitizer(tool: str) -> None:
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        pytest.skip("no compute-sanitizer")
+    assert build.load_cuda()  # compiled outside of it
+    script = """if True:
+        import torch, devices
+        devices.device = torch.device("cuda", 0)
+        import comparisons as c
+        c.device = devices.device
+        for dtype in c.DTYPES:
+            c.compare_rasters(130, 200, 0.3, dtype, 64, 0)
+            c.compare_synapse(300, 70, 150, 0.2, dtype, 64, 0)
+            for name in ("subtract", "zero-late", "LIF", "LI"):
+                c.compare_scan(name, c.SURROGATES[1], 35, 5, 130, dtype, 0)
+        print("compared")
+    """
+    here = Path(__file__).parent
+    command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", script]
+    child = subprocess.run(command, cwd=here, capture_output=True, text=True, env=devices.environment(here.parent))
+    assert child.returncode == 0 and "compared" in child.stdout, child.stdout[-4000:] + child.stderr[-2000:]
