@@ -14,17 +14,18 @@ from ..surrogate import NO_GRADIENT, Surrogate
 @cache
 def input_drives_membrane_at_once() -> bool:
     """Whether the feed-forward LIF step adds its input before it updates the membrane (1.1.0) or after (1.0.0)."""
-    zero = torch.zeros(1)
-    _, state = lif_feed_forward_step(torch.full((1,), 0.5), LIFFeedForwardState(v=zero, i=zero), LIFParameters(), 0.001)
+    p = LIFParameters()
+    zero = torch.zeros(1, device=p.v_th.device)  # where Norse was imported, in case of a default device
+    _, state = lif_feed_forward_step(zero + 0.5, LIFFeedForwardState(v=zero, i=zero), p, 0.001)
     return bool(state.v.item() > 0)
 
 
 @cache
 def superspike_uses_alpha() -> bool:
     """Whether ``super`` is 1 / (alpha |x| + 1)^2 or, as in 1.1.0, ignores alpha."""
-    x = torch.ones(1, requires_grad=True)
+    x = torch.ones(1, device="cpu", requires_grad=True)
     with torch.enable_grad():
-        (grad,) = torch.autograd.grad(threshold(x, "super", torch.as_tensor(100.0)).sum(), x)
+        (grad,) = torch.autograd.grad(threshold(x, "super", torch.tensor(100.0, device="cpu")).sum(), x)
     return bool(grad.item() < 0.1)
 
 

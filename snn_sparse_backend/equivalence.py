@@ -201,8 +201,9 @@ def _default_loss(output: Any) -> torch.Tensor:
     tensors = [t for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.requires_grad]
     if not tensors:
         raise ValueError("the output of the model does not depend on anything that requires a gradient")
-    generator = torch.Generator().manual_seed(0)
-    return torch.stack([(t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum() for t in tensors]).sum()
+    generator = torch.Generator("cpu").manual_seed(0)  # the same weights on every device
+    weights = [torch.randn(t.shape, generator=generator, dtype=t.dtype, device="cpu").to(t.device) for t in tensors]
+    return torch.stack([(t * w).sum() for t, w in zip(tensors, weights, strict=True)]).sum()
 
 
 def _difference(name: str, dense: torch.Tensor | None, sparse: torch.Tensor | None) -> Difference:
@@ -262,16 +263,27 @@ def _states_kept(model: nn.Module) -> Iterator[None]:
             module._buffers[name] = buffer
 
 
+def _random_state() -> list[torch.Tensor]:
+    """The states of the generators of the CPU and, if CUDA is in use, of its devices."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
+
+
+def _set_random_state(state: list[torch.Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1:]:
+        torch.cuda.set_rng_state_all(state[1:])
+
+
 @contextmanager
 def _left_as_it_was(model: nn.Module, arguments: Sequence[Any]) -> Iterator[None]:
     """Restores gradients afterwards; makes both runs draw the same random numbers."""
     leaves = [t for t in tree_leaves(arguments) if isinstance(t, torch.Tensor) and t.requires_grad]
     kept = [(t, t.grad) for t in (*model.parameters(), *leaves)]
-    state = torch.get_rng_state()
+    state = _random_state()
     original = model.forward
 
     def seeded(*args: Any, **kwargs: Any) -> Any:
-        torch.set_rng_state(state)
+        _set_random_state(state)
         return original(*args, **kwargs)
 
     model.forward = seeded
@@ -281,6 +293,6 @@ def _left_as_it_was(model: nn.Module, arguments: Sequence[Any]) -> Iterator[None
         del model.forward
         if model.forward != original:  # it was an attribute of the instance
             model.forward = original
-        torch.set_rng_state(state)
+        _set_random_state(state)
         for tensor, grad in kept:
             tensor.grad = grad

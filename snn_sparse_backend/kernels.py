@@ -132,9 +132,9 @@ def columns(raster: Raster, *, ranks: bool = False, factors: torch.Tensor | None
         return Columns(raster.rows, raster.cols, raster.device, transposed=transpose(raster).words, factors=factors)
     blocks = (raster.rows + BLOCK_ROWS - 1) // BLOCK_ROWS
     events = count(raster)
-    start = torch.empty(blocks * (raster.cols + 1), dtype=torch.int64)
-    row = torch.empty(events, dtype=torch.int16)
-    rank = torch.empty(events, dtype=torch.int64) if ranks else None
+    start = torch.empty(blocks * (raster.cols + 1), dtype=torch.int64, device=raster.device)
+    row = torch.empty(events, dtype=torch.int16, device=raster.device)
+    rank = torch.empty(events, dtype=torch.int64, device=raster.device) if ranks else None
     call("raster_columns", "SnnRasterColumns", start.device, words=raster.words, rows=raster.rows, cols=raster.cols,
          block_rows=BLOCK_ROWS, start=start, row=row, rank=rank, threads=threads_for(raster.sites))
     return Columns(raster.rows, raster.cols, raster.device, start, row, rank, events)
@@ -207,7 +207,7 @@ def weight_gradient(grad: torch.Tensor, spikes: Columns, *, bias: bool) -> tuple
         call("weight_gradient", "SnnWeightGradient", grad.device, grad=grad, transposed=spikes.transposed,
              inputs_dense=spikes.factors, partial=partial, splits=len(partial), grad_weight=weight, **shape)
         return weight, grad.sum(0) if bias else None
-    grad_bias = torch.empty(outputs, dtype=grad.dtype) if bias else None
+    grad_bias = torch.empty(outputs, dtype=grad.dtype, device=grad.device) if bias else None
     call("weight_gradient", "SnnWeightGradient", grad.device, grad=grad, block_rows=BLOCK_ROWS, start=spikes.start,
          row=spikes.row, grad_weight=weight, grad_bias=grad_bias, threads=threads_for(grad.numel()), **shape)
     return weight, grad_bias
@@ -253,7 +253,7 @@ def input_gradient(grad: torch.Tensor, active: Columns, tiles: torch.Tensor) -> 
     if active.transposed is not None:
         out = torch.empty((rows, active.cols), dtype=grad.dtype, device=grad.device)
     elif active.rank is not None:
-        out = torch.empty(active.events, dtype=grad.dtype)
+        out = torch.empty(active.events, dtype=grad.dtype, device=grad.device)
     else:
         raise ValueError("expected column lists with ranks: columns(raster, ranks=True)")
     call("input_gradient", "SnnInputGradient", grad.device, grad=grad, rows=rows, inputs=active.cols, outputs=outputs,

@@ -32,7 +32,7 @@ class Slots:
     """
 
     def __init__(self, pinned: bool) -> None:
-        self._memory = torch.zeros((_SLOTS, 2), dtype=torch.int64, pin_memory=pinned)
+        self._memory = torch.zeros((_SLOTS, 2), dtype=torch.int64, device="cpu", pin_memory=pinned)
         self.address = self._memory.data_ptr()
         self._words = (ctypes.c_int64 * (2 * _SLOTS)).from_address(self.address)
         self._launches = itertools.count(1)  # safe to ask from several threads

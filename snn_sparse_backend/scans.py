@@ -115,7 +115,7 @@ class ForwardScan:
         self._states = len(layer.dynamics.states)
         self._state_in, self._state_out = self.arguments.state_in, self.arguments.state_out
         if not event_parallel(layer.device):
-            self._scratch = torch.empty(layer.rows * layer.words * TILE, dtype=layer.dtype)
+            self._scratch = torch.empty(layer.rows * layer.words * TILE, dtype=layer.dtype, device=layer.device)
             self.arguments.scratch = self._scratch.data_ptr()
         self.steps = 0
 

@@ -60,7 +60,8 @@ class HostStore:
         if self._arena is None or self._arena.numel() - self._used < self._need:
             if self._arena is not None:  # full: give back the room that was only there for the worst case
                 self._arena.untyped_storage().resize_(self._used * self._layer.dtype.itemsize)
-            self._arena, self._used = torch.empty(2 * self._need, dtype=self._layer.dtype), 0
+            self._used = 0
+            self._arena = torch.empty(2 * self._need, dtype=self._layer.dtype, device=self._layer.device)
         return self._arena, self._used
 
 

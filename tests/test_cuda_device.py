@@ -170,6 +170,15 @@ def test_counts_do_not_come_back_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
     close(found, expected)
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+def test_check_on_the_device(options: dict[str, Any]) -> None:
+    """The user's own test, with a dropout that draws from the device's generator."""
+    net, xs = make()
+    model = nn.Sequential(nn.Dropout(0.2), net.synapses[0], snn.Leaky(0.9, init_hidden=True)).to(devices.device)
+    report = sparse.check(model, xs[0], **options)
+    assert report.ok and report.fused_steps, report
+
+
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
 
 
