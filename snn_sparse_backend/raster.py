@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from .reports import Densities
@@ -60,21 +58,19 @@ class Raster:
     @staticmethod
     def concatenate(rasters: list[Raster]) -> Raster:
         """The rasters one below the other; those that lie so in memory already are not copied."""
-        first = rasters[0]
-        ones = sum(r.ones for r in rasters) if all(r.ones is not None for r in rasters) else None  # type: ignore[misc]
-        runs: list[list[Any]] = []
-        end = -1
+        one = rasters[0]
+        known = [r.ones for r in rasters] if one.ones is not None else [None]
+        ones = sum(known) if None not in known else None  # type: ignore[arg-type]
+        parts: list[torch.Tensor] = []
+        storage, start, end = one.storage, one.first, one.first
         for raster in rasters:
-            if raster.first == end and raster.storage is runs[-1][0]:
-                runs[-1][2] += raster.rows
-            else:
-                runs.append([raster.storage, raster.first, raster.rows])
+            if raster.first != end or raster.storage is not storage:
+                parts.append(storage[start:end])
+                storage, start = raster.storage, raster.first
             end = raster.first + raster.rows
-        if len(runs) == 1:
-            storage, start, rows = runs[0]
-            return Raster(storage, first.cols, ones, first.densities, start, rows)
-        parts = [storage[start : start + rows] for storage, start, rows in runs]
-        return Raster(torch.cat(parts), first.cols, ones, first.densities)
+        if not parts:
+            return Raster(storage, one.cols, ones, one.densities, start, end - start)
+        return Raster(torch.cat([*parts, storage[start:end]]), one.cols, ones, one.densities)
 
 
 class RasterArena:
@@ -84,7 +80,7 @@ class RasterArena:
         rows, cols: size of one step.
     """
 
-    FIRST_STEPS, MOST_STEPS = 8, 16
+    FIRST_STEPS, MOST_STEPS = 8, 32
 
     def __init__(self, rows: int, cols: int, device: torch.device) -> None:
         self._rows, self._cols, self._device = rows, cols, device

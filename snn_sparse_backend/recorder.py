@@ -14,9 +14,9 @@ from .counters import counts
 from .dynamics import Dynamics
 from .kernels import nonzero, pack
 from .native import event_parallel
-from .raster import Raster, RasterArena
+from .raster import WORD, Raster, RasterArena
 from .reports import Densities
-from .scans import ForwardScan, Layer, step_pointers
+from .scans import ForwardScan, Layer
 from .stores import store_for
 from .surrogate import Surrogate
 
@@ -58,7 +58,7 @@ class Block:
     active: Raster | None = None
     # Storages of compressed membranes, each with the places in bytes of the steps it holds; empty where none are kept.
     values: list[tuple[torch.Tensor, list[int]]] = field(default_factory=list)
-    offsets: torch.Tensor | None = None  # CUDA: [T, blocks] where the values of each block of sites begin
+    offsets: Raster | None = None  # CUDA: not bits, but words [T, blocks]: where the values of each block of sites begin
     active_counts: list[int] = field(default_factory=list)  # CPU: per step
     membrane: torch.Tensor | None = None
     current: torch.Tensor | None = None
@@ -112,7 +112,7 @@ class Recorder:
         self._keep_current = bool(learned & set(plan.dynamics.needs_current))
         self._rasters, self._active, self._resets = (RasterArena(layer.rows, layer.cols, layer.device)
                                                      for _ in range(3))
-        self._offsets = event_parallel(layer.device)
+        self._offsets = RasterArena(1, WORD * layer.blocks, layer.device) if event_parallel(layer.device) else None
 
     def run(self, x: torch.Tensor, states: Sequence[torch.Tensor], steps: int | None, record: bool,
             first: bool) -> Result:
@@ -132,29 +132,30 @@ class Recorder:
             output = torch.empty_like(data)
         else:
             output = finals[0]  # an integrator returns its state itself
-        bits: dict[str, int] = {}
+        raster = active = reset = offsets = 0
         if dynamics.spikes:
-            block.raster, bits["raster"] = self._rasters.take(count)
+            block.raster, raster = self._rasters.take(count)
             if self._keep_active:
-                block.active, bits["active"] = self._active.take(count)
+                block.active, active = self._active.take(count)
             if dynamics.late_reset or (first and dynamics.reset_is_recorded):
-                block.reset, bits["reset"] = self._resets.take(count)
+                block.reset, reset = self._resets.take(count)
         if self._keep_membrane or (block.active is not None and self._store.dense):
             block.membrane = torch.empty_like(data)
-        elif block.active is not None and self._offsets:
-            block.offsets = torch.empty((count, layer.blocks), dtype=torch.int64, device=layer.device)
+        elif block.active is not None and self._offsets is not None:
+            block.offsets, offsets = self._offsets.take(count)
         if self._keep_current:
             block.current = torch.empty_like(data)
-        dense = {"input": data, "output": output if output is not finals[0] else None, "membrane": block.membrane,
-                 "current": block.current, "offsets": block.offsets}
-        pointers: list[int] = []
-        for name in ForwardScan.TABLES:
-            if name in bits:
-                pointers += range(bits[name], bits[name] + count * self._rasters.stride, self._rasters.stride)
-            else:
-                pointers += step_pointers(dense.get(name), count)
-        for i in range(len(finals)):
-            pointers += step_pointers(recorded[i] if record else None, count)
+        # In the order of ForwardScan.TABLES.
+        starts = [data.data_ptr(), output.data_ptr() if output is not finals[0] else 0, raster, reset, active,
+                  _start(block.membrane), _start(block.current), offsets]
+        starts += [s.data_ptr() for s in recorded] if record else [0] * len(finals)
+        if count == 1:
+            pointers = starts
+        else:
+            dense, bits = layer.sites * layer.dtype.itemsize, self._rasters.stride
+            strides = [dense, dense, bits, bits, bits, dense, dense, 8 * layer.blocks, *[dense] * len(finals)]
+            pointers = [start + i * stride if start else 0
+                        for start, stride in zip(starts, strides, strict=True) for i in range(count)]
         self._store.run(block, pointers, [s.data_ptr() for s in before], [s.data_ptr() for s in finals])
         counts["neuron_steps"] += count
         return Result(block, output, finals, recorded, pointers)
@@ -178,3 +179,6 @@ class Recorder:
         assert raster is not None
         return raster
 
+
+def _start(tensor: torch.Tensor | None) -> int:
+    return tensor.data_ptr() if tensor is not None else 0

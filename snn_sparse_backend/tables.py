@@ -90,13 +90,16 @@ class Incoming:
         self._states = [empty[:] for _ in tape.plan.dynamics.states]
         dense: dict[int, torch.Tensor] = {}
         at_active: dict[int, torch.Tensor] = {}
+        dtype = tape.layer.dtype
         for (kind, index), grad in zip(tape.outputs, grads, strict=True):
             if grad is None:
                 continue
+            if grad.dtype is not dtype:
+                grad = grad.to(dtype)
             if kind == 0:
-                dense[index] = grad.to(tape.layer.dtype)
+                dense[index] = grad
             else:
-                self._set_state(kind - 1, index, grad.to(tape.layer.dtype))
+                self._set_state(kind - 1, index, grad)
         deliveries = tape.accept_deliveries(self.task)
         if len(deliveries) != 1 or dense or not self._set_all(deliveries[0]):
             for delivery in deliveries:
@@ -163,6 +166,9 @@ class Incoming:
     def _set(self, table: Table[int], index: int, grad: torch.Tensor) -> None:
         grad = self._contiguous(grad)
         block, first = self._tape.blocks[index], self._tape.recorded.firsts[index]
+        if block.steps == 1:
+            table[first] = grad.data_ptr()
+            return
         if table is not self._active or grad.dim() > 1:
             table[first : first + block.steps] = array("Q", step_pointers(grad, block.steps))
             return

@@ -115,7 +115,7 @@ class SpikeTag(Tag):
 
     def __init__(self, raster: Raster, tape: NeuronTape, block: int, version: int) -> None:
         self.raster, self.tape, self.block, self.version = raster, weakref.ref(tape), block, version
-        self.stream = current_stream(raster.words.device)
+        self.stream = current_stream(raster.device)
 
 
 def tag_of(tensor: torch.Tensor) -> SpikeTag | None:
