@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 LIB ?= snntorch
 ARGS ?=
+OUT ?= benchmarks/results/local
 TORCH ?= $(shell sed -n '/^torch==/p' constraints.txt)
 
 BIN := $(VENV)/bin
@@ -14,16 +15,18 @@ REQUIREMENTS := requirements/norse-without-torchvision.txt
 LAYOUT := build/layout/snn_sparse_backend
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench lint build clean
+.PHONY: help install demo test bench gpu-check lint build clean
 
 help: ## show this
 	@echo 'usage: make TARGET [VARIABLE=value]'
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
 	@echo 'variables'
 	@echo '  LIB         library of the demo: snntorch (default) or norse'
 	@echo '  ARGS        more arguments for bench or for pytest, e.g. make test ARGS="-k build -x"'
 	@echo '  TORCH       torch to install, e.g. make test TORCH=torch==2.12.1 (default: $(TORCH))'
-	@echo '  PYTHON      the Python that makes the virtual environment (default: python3)'
+	@echo '  PYTHON      the Python that makes the virtual environment (default: python3); for gpu-check the one'
+	@echo '              that runs it, with torch, pytest and the rest: nothing is installed then'
+	@echo '  OUT         where gpu-check leaves its results (default: $(OUT))'
 	@echo '  VENV        the virtual environment, made if it does not exist (default: .venv)'
 
 $(BIN)/python:
@@ -47,8 +50,15 @@ demo: $(STAMP) ## train a small network with and without the backend and draw bo
 bench: $(STAMP) ## measure; ARGS go to the command
 	$(RUN) bench $(ARGS)
 
-test: build ## install, compile, run all tests, then lint; ARGS go to pytest
+# A Python that the caller names has everything already, and there may be no network.
+GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON))
+gpu-check: $(if $(filter file,$(origin PYTHON)),$(STAMP)) ## on a GPU: compile, test, measure; ARGS go to the script
+	$(GPU_PYTHON) tests/gpu_check.py --out $(OUT) $(ARGS)
+
+# The second run may have nothing to do with the tests that were chosen: pytest's 5.
+test: build ## install, compile, run all tests, also on the CUDA kernels, then lint; ARGS go to pytest
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --kernels cuda-host $(ARGS) || [ $$? -eq 5 ]
 	$(MAKE) lint
 
 lint: $(STAMP) ## ruff and mypy

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .bench import DEFAULT_OUT, DEFAULT_PRESET, PRESET_NAMES
+from .bench import DEFAULT_OUT, PRESET_NAMES, NoGpuError
 
 PROGRAM = "snn_sparse_backend"
 # What a missing import is called by pip; anything else that is missing is an error of ours.
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if missing not in _INSTALL:
             raise
         print(f"{PROGRAM} {args.command}: {missing} is not installed: pip install {_INSTALL[missing]}", file=sys.stderr)
-    except BuildError as error:
+    except (BuildError, NoGpuError) as error:
         print(f"{PROGRAM} {args.command}: {error}", file=sys.stderr)
     return 2
 
@@ -51,13 +52,16 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     bench = commands.add_parser("bench", help="measure against the host library, compiled and not")
-    bench.add_argument("--preset", choices=PRESET_NAMES, default=DEFAULT_PRESET)
+    bench.add_argument("--device", type=_device, default="cpu", help="cpu (default), cuda, or cuda:N")
+    bench.add_argument("--preset", choices=PRESET_NAMES, help="default: first-light on the CPU, gpu on CUDA")
+    bench.add_argument("--kernels", action="store_true", help="each kernel by itself instead of whole networks")
     bench.add_argument("--threads", type=_positive, metavar="N", help="threads of torch (default: torch's own choice)")
     bench.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR",
                        help=f"where JSON and picture go (default: {DEFAULT_OUT})")
     bench.add_argument("--library", choices=("snntorch", "norse"), action="append", help="only this (default: both)")
     bench.add_argument("--compile-seconds", type=float, default=120.0, metavar="S",
                        help="how long torch.compile may take for the baseline; 0: leave it out (default: 120)")
+    bench.add_argument("--seconds", type=float, metavar="S", help="no network is begun later than that")
     bench.set_defaults(run=_bench)
 
     check = commands.add_parser("check", help="compare the gradients of your own model, dense against sparse")
@@ -84,6 +88,12 @@ def _positive(text: str) -> int:
     return value
 
 
+def _device(text: str) -> str:
+    if re.fullmatch(r"cpu|cuda(:\d+)?", text) is None:
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text}")
+    return text
+
+
 def _demo(args: argparse.Namespace) -> int:
     from .demo import run
 
@@ -93,11 +103,14 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from .bench import run
+    from .bench import run, run_kernels
 
-    run(args.preset, args.out, threads=args.threads, compile_seconds=args.compile_seconds,
-        libraries=tuple(args.library or ("snntorch", "norse")))
-    return 0
+    if args.kernels:
+        run_kernels(args.preset, args.out, threads=args.threads, device=args.device)
+        return 0
+    results = run(args.preset, args.out, threads=args.threads, compile_seconds=args.compile_seconds,
+                  libraries=tuple(args.library or ("snntorch", "norse")), device=args.device, seconds=args.seconds)
+    return 1 if results["failed"] else 0
 
 
 def _check(args: argparse.Namespace) -> int:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from .synapse_tape import SynapseTape
 
 
+_RESET = ForwardScan.TABLES.index("reset")
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """How one neuron module is run; a new plan means that something about the module changed.
@@ -58,7 +61,7 @@ class Block:
     active: Raster | None = None
     # Storages of compressed membranes, each with the places in bytes of the steps it holds; empty where none are kept.
     values: list[tuple[torch.Tensor, list[int]]] = field(default_factory=list)
-    offsets: Raster | None = None  # CUDA: not bits, but words [T, blocks]: where the values of each block of sites begin
+    offsets: Raster | None = None  # CUDA: words, not bits [T, blocks]: where the values of each block of sites begin
     active_counts: list[int] = field(default_factory=list)  # CPU: per step
     membrane: torch.Tensor | None = None
     current: torch.Tensor | None = None
@@ -90,7 +93,7 @@ class Result:
     def begin_with(self, reset: Raster) -> None:
         """Makes this the beginning of a sequence, in which these sites are reset first."""
         self.block.reset = reset
-        self.pointers[ForwardScan.TABLES.index("reset") * self.block.steps] = reset.address
+        self.pointers[_RESET * self.block.steps] = reset.address
 
 
 class Recorder:
@@ -137,7 +140,7 @@ class Recorder:
             block.raster, raster = self._rasters.take(count)
             if self._keep_active:
                 block.active, active = self._active.take(count)
-            if dynamics.late_reset or (first and dynamics.reset_is_recorded):
+            if dynamics.late_reset:
                 block.reset, reset = self._resets.take(count)
         if self._keep_membrane or (block.active is not None and self._store.dense):
             block.membrane = torch.empty_like(data)
@@ -156,6 +159,9 @@ class Recorder:
             strides = [dense, dense, bits, bits, bits, dense, dense, 8 * layer.blocks, *[dense] * len(finals)]
             pointers = [start + i * stride if start else 0
                         for start, stride in zip(starts, strides, strict=True) for i in range(count)]
+        if first and dynamics.reset_is_recorded and not dynamics.late_reset:
+            block.reset = layer.raster()  # of the first step only: afterwards, who fired is reset
+            pointers[_RESET * count] = block.reset.address
         self._store.run(block, pointers, [s.data_ptr() for s in before], [s.data_ptr() for s in finals])
         counts["neuron_steps"] += count
         return Result(block, output, finals, recorded, pointers)

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from .neuron_tape import NeuronTape
 
 
+_SOMEWHERE: Table[int] = array("Q", [0])
+
+
 class Recorded:
     """Addresses of what a sequence recorded, noted while it is recorded.
 
@@ -51,7 +54,8 @@ class Recorded:
             else:
                 self._tables[name].extend(pointers[i * steps : (i + 1) * steps])
         self.active_counts += block.active_counts
-        for storage, places in block.values or [(None, [0] * steps)]:
+        values: Sequence[tuple[torch.Tensor | None, list[int]]] = block.values or [(None, [0] * steps)]
+        for storage, places in values:
             if self._values and self._values[-1][0] is storage:
                 self._values[-1][1].extend(places)
             else:
@@ -125,7 +129,7 @@ class Incoming:
         if grad.dim() == 1 and delivery.active is not None:
             counts = recorded.active_counts[first : first + steps - 1]
             places = accumulate(counts, initial=0)
-            start, size = grad.data_ptr(), grad.element_size()
+            start, size = _address(grad), grad.element_size()
             self._active[first : first + steps] = array("Q", [start + place * size for place in places])
             return True
         table = self._output if delivery.dense is not None else self._active
@@ -167,14 +171,14 @@ class Incoming:
         grad = self._contiguous(grad)
         block, first = self._tape.blocks[index], self._tape.recorded.firsts[index]
         if block.steps == 1:
-            table[first] = grad.data_ptr()
+            table[first] = _address(grad)
             return
         if table is not self._active or grad.dim() > 1:
             table[first : first + block.steps] = array("Q", step_pointers(grad, block.steps))
             return
         offset = 0
         for step, active in enumerate(block.active_counts):
-            table[first + step] = grad.data_ptr() + offset * grad.element_size()
+            table[first + step] = _address(grad) + offset * grad.element_size()
             offset += active
 
     def _set_state(self, state: int, index: int, grad: torch.Tensor) -> None:
@@ -186,6 +190,11 @@ class Incoming:
     def tables(self) -> dict[str, Any]:
         """The tables by their names in ``SnnNeuronBackward``."""
         return {"grad_output": self._output, "grad_active": self._active, "grad_states": self._states}
+
+
+def _address(grad: torch.Tensor) -> int:
+    """Where a gradient is; never 0, which would mean that none arrived: there may be no active site at all."""
+    return grad.data_ptr() or _SOMEWHERE.buffer_info()[0]
 
 
 def _last(table: Table[int]) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,12 +20,6 @@ def wait() -> None:
     """Waits until the device has done all it was told to."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def environment(checkout: Path) -> dict[str, str]:
-    """Of a process that imports the package and the tests from this checkout."""
-    places = [str(checkout), str(checkout / "tests"), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))}
 
 
 def up(tensor: Any) -> Any:

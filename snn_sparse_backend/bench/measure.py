@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
@@ -20,8 +21,10 @@ from .. import __version__
 from ..build import load_node
 from ..config import config
 from ..counters import counts
+from ..kernels import unpack
 from ..native import instruction_set
 from ..neuron_tape import NeuronTape
+from ..raster import Raster
 
 MIB = 2**20
 
@@ -56,10 +59,14 @@ def activities(outputs: Iterable[Tensor]) -> list[Activity]:
 
 def _activity(tape: NeuronTape) -> Activity:
     sites = sum(block.steps for block in tape.blocks) * tape.layer.sites
-    spikes = sum(block.raster.ones or 0 for block in tape.blocks if block.raster is not None)
-    bounded = all(block.active is not None for block in tape.blocks)
-    active = sum(block.active_sites for block in tape.blocks)
-    return Activity(spikes / sites, active / sites if bounded else None)
+    spikes = [block.raster for block in tape.blocks if block.raster is not None]
+    active = [block.active for block in tape.blocks if block.active is not None]
+    return Activity(ones(spikes) / sites, ones(active) / sites if len(active) == len(tape.blocks) else None)
+
+
+def ones(rasters: list[Raster]) -> int:
+    """How many bits are set, counted on the device and waited for: on CUDA the host does not know otherwise."""
+    return int(torch.count_nonzero(unpack(Raster.concatenate(rasters), torch.float32)))
 
 
 @contextmanager
@@ -114,20 +121,72 @@ def milliseconds(seconds: Iterable[float]) -> float:
     return median(seconds) * 1e3
 
 
-def environment() -> dict[str, Any]:
-    """Where and with what it ran."""
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of CUDA memory during a step: the peak, and what was allocated when the step began."""
+
+    peak: int
+    before: int
+
+
+def step_memory(device: torch.device, step: Callable[[], Any]) -> Memory | None:
+    """Runs a step; says what CUDA memory it took. None on the CPU, where nobody counts."""
+    if device.type != "cuda":
+        step()
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    torch.cuda.synchronize(device)
+    return Memory(torch.cuda.max_memory_allocated(device), before)
+
+
+def environment(device: torch.device | None = None) -> dict[str, Any]:
+    """Where and with what it ran; None: on the CPU."""
     return {
         "date": date.today().isoformat(),
-        "device": "cpu",
+        "device": str(device or "cpu"),
+        "gpu": gpu(device) if device is not None and device.type == "cuda" else None,
         "cpu": _cpu_model(),
         "instruction_set": instruction_set(),
         "threads": torch.get_num_threads(),
         "dtype": str(torch.get_default_dtype()).removeprefix("torch."),
+        "matmul_precision": torch.get_float32_matmul_precision(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "snn_sparse_backend": __version__,
         **{name: installed(name) for name in ("torch", "snntorch", "norse")},
     }
+
+
+# What nvidia-smi is asked for, and under which name it is kept.
+_SMI = {"driver_version": "driver", "clocks.sm": "sm_mhz", "clocks.mem": "memory_mhz", "clocks.max.sm": "max_sm_mhz",
+        "clocks.max.mem": "max_memory_mhz", "power.limit": "power_limit_w", "temperature.gpu": "celsius"}
+
+
+def gpu(device: torch.device) -> dict[str, Any]:
+    """What torch knows of a GPU, and nvidia-smi where there is one."""
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_mib": properties.total_memory // MIB,
+        "cuda": torch.version.cuda,
+        **_ask_smi(str(getattr(properties, "uuid", ""))),
+    }
+
+
+def _ask_smi(uuid: str) -> dict[str, str | None]:
+    command = ["nvidia-smi", f"--query-gpu={','.join(_SMI)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run([*command, *([f"--id=GPU-{uuid}"] if uuid else [])], capture_output=True, text=True,
+                              timeout=20, check=True)
+        values = [value.strip() for value in done.stdout.splitlines()[0].split(",")]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return dict.fromkeys(_SMI.values())
+    return dict(zip(_SMI.values(), values, strict=False))
 
 
 def installed(package: str) -> str | None:

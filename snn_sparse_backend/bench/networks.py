@@ -53,6 +53,18 @@ class SnntorchNet(nn.Module):
         return torch.stack(spikes)
 
 
+class SnntorchLayer(SnntorchNet):
+    """One Linear and one ``snn.Leaky`` in a loop over time: spikes out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        linear, neuron = self.linears[0], self.neurons[0]
+        membrane, spikes = neuron.reset_mem(), []  # type: ignore[operator]
+        for x_t in x:
+            spike, membrane = neuron(linear(x_t), membrane)
+            spikes.append(spike)
+        return torch.stack(spikes)
+
+
 class NorseNet(nn.Module):
     """``SequentialState`` of Linear and LIF layers and an LI readout, on whole sequences ``[T, B, inputs]``.
 
@@ -60,28 +72,31 @@ class NorseNet(nn.Module):
         linears: the synapses, shared between the networks that are compared.
         lif, li: neuron classes; cells if ``cells``.
         cells: call it once a time step, on ``x.unbind(0)``.
+        layer: do without the readout: one spiking layer, spikes out.
     """
 
     def __init__(self, linears: nn.ModuleList, lif: Callable[..., Any], li: Callable[..., Any],
-                 cells: bool = False) -> None:
+                 cells: bool = False, layer: bool = False) -> None:
         super().__init__()
         import norse.torch as norse
 
         parameters: Any = norse.LIFParameters(method="tanh", alpha=torch.as_tensor(5.0))
-        self.linears, self.cells = linears, cells
+        self.linears, self.cells, self.layer = linears, cells, layer
         layers: list[Any] = []
-        for linear in linears[:-1]:
+        for linear in linears if layer else linears[:-1]:
             layers += [linear, lif(p=parameters)]
-        self.layers = norse.SequentialState(*layers, linears[-1], li())
+        self.layers = norse.SequentialState(*layers, *([] if layer else [linears[-1], li()]))
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.cells:
-            return self.layers(x)[0].mean(0)
+            out = self.layers(x)[0]
+            return out if self.layer else out.mean(0)
         state, readout = None, []
         for x_t in x.unbind(0):
             out, state = self.layers(x_t, state)
             readout.append(out)
-        return torch.stack(readout).mean(0)
+        stacked = torch.stack(readout)
+        return stacked if self.layer else stacked.mean(0)
 
     def spikes_of(self, layer: int, currents: Tensor) -> Tensor:
         """What one layer makes of currents ``[T, B, N]``."""
@@ -99,8 +114,8 @@ def same_parameters(linears: nn.ModuleList) -> nn.ModuleList:
 
 
 @torch.no_grad()
-def calibrate(net: SnntorchNet | NorseNet, x: Tensor, rate: float = HIDDEN_RATE) -> list[float]:
-    """Scales the weights of the hidden layers, in place, until each spikes at about ``rate``.
+def calibrate(net: SnntorchNet | NorseNet, x: Tensor, hidden: int, rate: float = HIDDEN_RATE) -> list[float]:
+    """Scales the weights of the first ``hidden`` layers, in place, until each spikes at about ``rate``.
 
     Biases become zero.
 
@@ -111,8 +126,8 @@ def calibrate(net: SnntorchNet | NorseNet, x: Tensor, rate: float = HIDDEN_RATE)
     for i, linear in enumerate(net.linears):
         assert isinstance(linear, nn.Linear)
         linear.bias.zero_()
-        if i == len(net.linears) - 1:
-            break
+        if i >= hidden:
+            continue
         currents = linear(x)
         low, high = 0.05, 200.0
         for _ in range(12):

@@ -12,56 +12,73 @@ from rich.table import Table
 _COLOURS = {"fused": "#1f77b4", "host": "#8a8a8a"}
 
 
-def print_tables(results: dict[str, Any], console: Console) -> None:
-    """One table for each case, and where it ran."""
-    where = results["environment"]
+def print_environment(where: dict[str, Any], console: Console) -> None:
+    """Where and with what it ran, in one line."""
+    gpu = where["gpu"]
+    device = f"{gpu['name']} (sm {gpu['capability']}, driver {gpu['driver']}, CUDA {gpu['cuda']}), " if gpu else ""
     console.print(
-        f"{where['date']}, {where['cpu']} ({where['instruction_set']}), {where['threads']} thread(s), "
+        f"{where['date']}, {device}{where['cpu']} ({where['instruction_set']}), {where['threads']} thread(s), "
         f"{where['dtype']}, Python {where['python']}, torch {where['torch']}, "
         f"snntorch {where['snntorch']}, norse {where['norse']}",
         highlight=False, soft_wrap=True,
     )
-    for case in results["cases"]:
-        _print_case(case, console)
 
 
-def _print_case(case: dict[str, Any], console: Console) -> None:
+def print_case(case: dict[str, Any], console: Console) -> None:
+    """The table of one case."""
     table = Table(title=case["name"], title_justify="left")
     table.add_column("variant", no_wrap=True)
+    on_gpu = case["variants"][0]["peak_mib"] is not None
     for heading in ("forward\nms", "backward\nms", "step\nms", "backward\nspeed-up", "step\nspeed-up", "kept\nMiB",
-                    "kept\nratio", "gradient\ndifference"):
+                    "kept\nratio", *(["peak\nMiB"] if on_gpu else []), "gradient\ndifference", "step per\ndense"):
         table.add_column(heading, justify="right", no_wrap=True)
     for v in case["variants"]:
         kept = (f"{v['saved_mib']:.1f}", f"1/{v['saved_ratio']:.1f}") if v["saved_mib"] is not None else ("", "")
+        peak = [f"{v['peak_of_step_mib']:.0f}"] if on_gpu else []
         table.add_row(v["name"], f"{v['forward_ms']:.1f}", f"{v['backward_ms']:.1f}", f"{v['step_ms']:.1f}",
-                      f"x{v['speedup_backward']:.2f}", f"x{v['speedup_step']:.2f}", *kept,
-                      f"{v['gradient_difference']:.1e}")
+                      f"x{v['speedup_backward']:.2f}", f"x{v['speedup_step']:.2f}", *kept, *peak,
+                      f"{v['gradient_difference']:.1e}", f"{v['step_per_floor']:.2f}")
     table.add_section()
     floor = case["gemm_floor_ms"]
     table.add_row("dense products alone (torch.mm)", *(f"{floor[k]:.1f}" for k in ("forward", "backward", "step")))
     console.print(table)
     layers = ", ".join(f"hidden {i}: {h['spike_rate']:.2%} spike, {h['active_fraction']:.2%} active"
                        for i, h in enumerate(case["hidden"], 1))
-    console.print(f"input: {case['input_rate']:.2%} spike, {layers} (|U - threshold| < {case['cutoff']})",
+    console.print(f"input: {case['input_rate']:.2%} not zero, {layers} (|U - threshold| < {case['cutoff']})",
                   highlight=False, soft_wrap=True)
     last = case["variants"][-1]
     console.print(f"one step of \"{last['name']}\": {', '.join(f'{k} {n}' for k, n in last['counts'].items())}",
                   highlight=False, soft_wrap=True)
     for remark in case["remarks"]:
-        console.print(remark, highlight=False, soft_wrap=True)
+        console.print(remark, highlight=False, soft_wrap=True, markup=False)
     console.print()
 
 
-def write(results: dict[str, Any], folder: Path) -> tuple[Path, Path]:
-    """Writes ``bench.json`` and ``bench.png``; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    data, picture = folder / "bench.json", folder / "bench.png"
-    data.write_text(json.dumps(results, indent=1) + "\n")
-    _draw(results, picture)
-    return data, picture
+def print_kernels(results: dict[str, Any], console: Console) -> None:
+    """A row for each kernel, shape and density."""
+    table = Table(title=f"kernels; a copy by torch moves {results['copy_gb_s']:.0f} GB/s", title_justify="left")
+    table.add_column("kernel", no_wrap=True)
+    precisions = dict.fromkeys(name for row in results["kernels"] for name in row["gemm_us"])
+    dense = [f"torch us\n{name}" for name in precisions]
+    for heading in ("shape", "density", "us", "MB", "GB/s", "of copy", "Gop/s", *dense):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in results["kernels"]:
+        table.add_row(row["kernel"], "x".join(map(str, row["shape"])),
+                      f"{row['density']:.1%}" if row["density"] is not None else "", f"{row['us']:.1f}",
+                      f"{row['bytes'] / 1e6:.2f}", f"{row['gb_s']:.0f}", f"{row['share_of_copy']:.0%}",
+                      f"{row['gop_s']:.1f}", *(f"{us:.1f}" for us in row["gemm_us"].values()))
+    console.print(table)
 
 
-def _draw(results: dict[str, Any], out: Path) -> None:
+def write_json(results: dict[str, Any], path: Path) -> Path:
+    """Writes results; returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    return path
+
+
+def write_picture(results: dict[str, Any], out: Path) -> Path:
+    """Draws times and memory of all cases; returns the path."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -71,13 +88,14 @@ def _draw(results: dict[str, Any], out: Path) -> None:
     heights = [len(c["variants"]) + 2.5 for c in cases]
     figure, rows = plt.subplots(len(cases), 2, figsize=(13, 0.42 * sum(heights) + 0.8), layout="constrained",
                                 squeeze=False, gridspec_kw={"height_ratios": heights, "width_ratios": (3, 1)})
-    figure.suptitle(f"{where['cpu']} ({where['instruction_set']}), {where['threads']} thread(s), "
-                    f"torch {where['torch']}, {where['date']}")
+    device = where["gpu"]["name"] if where["gpu"] else f"{where['cpu']} ({where['instruction_set']})"
+    figure.suptitle(f"{device}, {where['threads']} thread(s), torch {where['torch']}, {where['date']}")
     for case, (times, memory) in zip(cases, rows, strict=True):
         _draw_times(times, case)
         _draw_memory(memory, case)
     figure.savefig(out, dpi=120)
     plt.close(figure)
+    return out
 
 
 def _draw_times(axis: Any, case: dict[str, Any]) -> None:
