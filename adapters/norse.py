@@ -72,7 +72,7 @@ def _forward(self: Any, host: Any, x: torch.Tensor, state: Any, sequence: bool) 
     problem = _problem(self, x, sequence)
     if problem is None:
         given = state is not None
-        state = state if given else self.state_fallback(x)
+        state = state if given else _on_device(self.state_fallback(x), x.device)
         plan, problem = _plan_of(self, options, x.shape[1:] if sequence else x.shape, x, state, given)
     if problem is not None:
         report(self, problem)
@@ -87,6 +87,14 @@ def _forward(self: Any, host: Any, x: torch.Tensor, state: Any, sequence: bool) 
     v, i = result.recorded if record else result.finals
     kind = LIFFeedForwardState if plan.dynamics is LIF_DYNAMICS else LIState
     return result.output, kind(v=v, i=i)
+
+
+def _on_device(state: Any, device: torch.device) -> Any:
+    """Norse's own initial state. Its membrane may be a scalar on the CPU, whose gradient would have to be waited for."""
+    v = state.v
+    if v.device == device or v.dim():
+        return state
+    return state._replace(v=torch.full((), v.item(), dtype=v.dtype, device=device).requires_grad_(v.requires_grad))
 
 
 def _problem(module: Any, x: torch.Tensor, sequence: bool) -> str | None:

@@ -40,7 +40,7 @@ class NeuronTape(Tape):
         self.parameters = plan.derive()
         self.layer = Layer(plan.dynamics, plan.surrogate, [p.detach() for p in self.parameters], shape, dtype,
                            device)
-        self.state_shapes = [s.shape for s in states]
+        self.state_kinds = [(s.shape, s.device) for s in states]
         learned = {i for i, p in enumerate(self.parameters) if p.requires_grad}
         self.recorder = Recorder(plan, self.layer, learned)
         self.state_in = self.recorder.full(states) if learned else []
@@ -159,7 +159,8 @@ class NeuronTape(Tape):
                         state_in=self.state_in, **tables, **incoming.tables())
         for i, grad in enumerate(initial):
             if grad is not None:
-                result[i] = grad.sum_to_size(self.state_shapes[i])
+                shape, device = self.state_kinds[i]
+                result[i] = grad.sum_to_size(shape).to(device)
         for i, grad in enumerate(sums, len(dynamics.states)):
             if grad is not None:
                 parameter = self.parameters[i - len(dynamics.states)]

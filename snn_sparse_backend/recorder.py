@@ -169,7 +169,10 @@ class Recorder:
     def _ready(self, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """The tensor in the layer's dtype, of full shape and contiguous; itself where it is that already."""
         if tensor.dtype is self.layer.dtype and tensor.shape == shape and tensor.is_contiguous():
-            return tensor
+            if shape or tensor.device == self.layer.device:
+                return tensor
+        if tensor.device != self.layer.device:  # a scalar; filled in, because copying it would wait for the device
+            return torch.full(shape, tensor.item(), dtype=self.layer.dtype, device=self.layer.device)
         return tensor.detach().to(self.layer.dtype).expand(shape).contiguous()
 
     def full(self, states: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -9,16 +9,24 @@ from collections.abc import Callable
 from typing import Any
 
 import devices
+import norse.torch as stock
 import pytest
 import snntorch as snn
 import torch
 from devices import cuda_kernels, down, up
+from norse.torch.functional.leaky_integrator import LIState
+from norse_oracle import clean_slate
 from snn_sparse_backend.adapters import fallback
+from snn_sparse_backend.adapters import norse as swapped
+from snn_sparse_backend.adapters.switch import truncated_surrogates
 from snntorch import surrogate
 from torch import Tensor, nn
 
 import snn_sparse_backend as sparse
-from snn_sparse_backend import BuildError, kernels, memory, native, reports
+from snn_sparse_backend import BuildError, kernels, memory, native, reports, scans
+from snn_sparse_backend.dynamics import LI
+from snn_sparse_backend.recorder import Recorder
+from snn_sparse_backend.surrogate import NO_GRADIENT
 
 pytestmark = pytest.mark.skipif(not cuda_kernels(), reason="needs --kernels cuda or cuda-host")
 on_a_gpu = pytest.mark.skipif(devices.device.type != "cuda", reason="needs a GPU")
@@ -173,6 +181,42 @@ def test_check_on_the_device(options: dict[str, Any]) -> None:
     model = nn.Sequential(nn.Dropout(0.2), net.synapses[0], snn.Leaky(0.9, init_hidden=True)).to(devices.device)
     report = sparse.check(model, xs[0], **options)
     assert report.ok and report.fused_steps, report
+
+
+def test_scalars_on_the_cpu_are_filled_in() -> None:
+    """Norse keeps its parameters and its first membrane there, whatever device the net is on."""
+    value, shape, meta = torch.tensor(0.25, dtype=torch.float64, device="cpu"), torch.Size((3, 5)), torch.device("meta")
+    layer = scans.Layer(LI, NO_GRADIENT, [value] * 3, shape, torch.float32, meta)
+    assert all(p.device == meta and p.dtype == torch.float32 for p in layer.parameters)
+    recorder = object.__new__(Recorder)
+    recorder.layer = layer
+    ready = recorder._ready(value, shape)
+    assert (ready.device, ready.shape, ready.dtype) == (meta, shape, torch.float32)
+    state = swapped._on_device(LIState(v=value.requires_grad_(), i=torch.zeros(shape)), devices.device)
+    assert state.v.device == devices.device and state.v.requires_grad and down(state.v) == 0.25
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_norse_with_parameters_on_the_cpu(options: dict[str, Any]) -> None:
+    """Sequence and cells on the device; Norse's constants stay where they were made."""
+    torch.manual_seed(0)
+    x = up((torch.rand(30, 8, 50, device="cpu") < 0.2).float())
+    spiking, reading = (
+        type(p)(*[t.cpu() if isinstance(t, Tensor) else t for t in p])
+        for p in (stock.LIFParameters(v_th=torch.tensor(0.2)), stock.LIParameters())
+    )
+    with torch.device("cpu"):
+        first, second = nn.Linear(50, 130), nn.Linear(130, 7)
+    results = []
+    for library in (stock, swapped):
+        layers = first, library.LIF(spiking), second, library.LI(reading)
+        net = stock.SequentialState(*layers).to(devices.device)
+        cutoff = options.get("cutoff") if library is stock else None
+        with clean_slate(**options), truncated_surrogates(net, cutoff):
+            results.append(gradients(net, lambda: net(x)[0].square().sum()))  # noqa: B023
+            assert sparse.counts["neuron_steps"] == (60 if library is swapped else 0)
+            assert sparse.counts["host_steps"] == 0
+    close(results[1], results[0])
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
