@@ -117,7 +117,7 @@ class Incoming:
 
     def _set_all(self, delivery: Delivery) -> bool:
         """The usual case: one synapse after another step by step, and nothing else. False if it is another one."""
-        blocks, recorded, layer = delivery.blocks, self._tape.recorded, self._tape.layer
+        blocks, recorded = delivery.blocks, self._tape.recorded
         first = recorded.firsts[blocks[0]]
         if blocks != list(range(blocks[0], blocks[0] + len(blocks))):
             return False
@@ -133,10 +133,7 @@ class Incoming:
             self._active[first : first + steps] = array("Q", [start + place * size for place in places])
             return True
         table = self._output if delivery.dense is not None else self._active
-        # A synapse may leave out the last rows, whose currents received no gradient.
-        steps = min(steps, grad.numel() // max(layer.sites, 1)) if layer.sites else steps
-        size = layer.sites * grad.element_size()
-        table[first : first + steps] = array("Q", (grad.data_ptr() + i * size for i in range(steps)))
+        table[first : first + steps] = array("Q", step_pointers(grad, steps))
         return True
 
     def _unpack(self, delivery: Delivery, dense: dict[int, torch.Tensor], at_active: dict[int, torch.Tensor]) -> None:

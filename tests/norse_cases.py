@@ -144,7 +144,7 @@ class Run:
 
 def run(case: Case, library: Any) -> Run:
     """Plays a case with the classes of ``library`` (``norse.torch`` or the adapter)."""
-    random = torch.Generator().manual_seed(case.seed)
+    random = torch.Generator(torch.get_default_device()).manual_seed(case.seed)
     result = Run()
 
     def leaf(name: str, values: Tensor, learnable: bool) -> Tensor:

@@ -9,13 +9,16 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from cuda_builds import cuda_on_host_library
 
 from snn_sparse_backend import abi, build, dynamics, kernels, recipes
 
 CSRC = build.csrc_folder()
 PACKAGE = Path(kernels.__file__).parent
-# X(name, Arguments) lines of the kernel list.
-KERNELS = dict(re.findall(r"X\((\w+), (\w+)\)", (CSRC / "cpu/kernels.h").read_text()))
+# X(name, Arguments) lines of the kernel lists.
+KERNELS, CUDA_KERNELS = (dict(re.findall(r"X\((\w+), (\w+)\)", (CSRC / folder / "kernels.h").read_text()))
+                         for folder in ("cpu", "cuda"))
+ON_THE_CPU_ONLY = {"raster_count", "raster_columns"}  # on CUDA counts come in reports, events from transposed rasters
 
 
 def layout(structs: dict[str, type[ctypes.Structure]]) -> dict[str, int]:
@@ -83,6 +86,14 @@ def test_every_kernel_is_exported() -> None:
     for name, arguments in KERNELS.items():
         assert hasattr(core, f"snn_{name}") and arguments in abi.STRUCTS
     assert not hasattr(core, "snn_no_such_kernel")
+
+
+def test_every_cuda_kernel_is_exported_and_takes_the_same_struct() -> None:
+    assert CUDA_KERNELS == {name: arguments for name, arguments in KERNELS.items() if name not in ON_THE_CPU_ONLY}
+    library = ctypes.CDLL(str(cuda_on_host_library()))
+    for name in CUDA_KERNELS:
+        assert hasattr(library, f"snn_cuda_{name}")
+    assert hasattr(library, "snn_cuda_error") and not hasattr(library, "snn_cuda_raster_count")
 
 
 def test_python_calls_each_kernel_with_its_own_struct() -> None:

@@ -40,7 +40,7 @@ class Net(nn.Module):
 
 @pytest.fixture
 def frames() -> Tensor:
-    return (torch.rand(9, 4, 20, generator=torch.Generator().manual_seed(0)) < 0.3).float()
+    return (torch.rand(9, 4, 20, generator=torch.Generator(torch.get_default_device()).manual_seed(0)) < 0.3).float()
 
 
 def test_a_right_model_agrees(frames: Tensor) -> None:

@@ -255,7 +255,7 @@ def test_a_swapped_class_is_norse_s_class(name: str) -> None:
     kind, host = getattr(swapped, name), getattr(stock, name)
     assert kind.__name__ == name and issubclass(kind, host) and str(kind()) == str(host())
     assert list(kind().state_dict()) == list(host().state_dict()) == []
-    layer = kind(dt=0.002).double().to("cpu")
+    layer = kind(dt=0.002).double().to(torch.get_default_device())
     assert layer.dt == 0.002 and vars(layer).keys() == vars(host()).keys()
     x = layer_input(name)
     assert_identical(host(dt=0.002)(x), copy.deepcopy(layer)(x))

@@ -293,7 +293,7 @@ def test_autocast(name: str) -> None:
     def program(library: Any) -> Any:
         model, x = nn.Linear(7, 7), layer_input(name, dtype=torch.float32)
         layer = getattr(library, name)()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
             y, state = layer(model(x))
         return (y, state), grads(weighted(y), *model.parameters())
 

@@ -370,8 +370,8 @@ def test_anomaly_mode() -> None:
 @pytest.mark.parametrize("mode", ["autocast", "offloading"])
 def test_modes_in_which_the_host_runs(mode: str) -> None:
     def program(side: Side) -> None:
-        net = Net(side)
-        with torch.autocast("cpu", torch.bfloat16) if mode == "autocast" else torch.autograd.graph.save_on_cpu():
+        net, where = Net(side), torch.get_default_device().type
+        with torch.autocast(where, torch.bfloat16) if mode == "autocast" else torch.autograd.graph.save_on_cpu():
             loss = net(frames())
         train(side, net, loss)
 
