@@ -99,7 +99,7 @@ def density(raster: Raster) -> float | None:
     """The share of ones. On CUDA that of earlier steps or sequences, and None where nothing is known yet."""
     if not event_parallel(raster.device):
         return count(raster) / max(raster.sites, 1)
-    return raster.densities.look().spikes if raster.densities is not None else None
+    return raster.densities.for_choice().spikes if raster.densities is not None else None
 
 
 @dataclass(frozen=True)

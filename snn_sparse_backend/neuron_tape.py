@@ -123,7 +123,7 @@ class NeuronTape(Tape):
         if self.needs_all_spike_gradients or len(rasters) < len(chosen):
             return None
         if event_parallel(self.layer.device):
-            share = self.plan.densities.look().active
+            share = self.plan.densities.for_choice().active
         else:
             share = sum(b.active_sites for b in chosen) / sites
         if share is not None and share > options.crossover_on(self.layer.device):

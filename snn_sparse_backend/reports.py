@@ -124,6 +124,13 @@ class Densities:
         if len(self._watched) < _PENDING:  # else the older ones, which come in sooner, will do
             self._watched.append(counter)
 
+    def for_choice(self) -> Densities:
+        """As :meth:`look`, for choices that affect how sums are rounded.
+
+        When a report comes in differs from run to run, so nothing is known under ``use_deterministic_algorithms``.
+        """
+        return Densities() if torch.are_deterministic_algorithms_enabled() else self.look()
+
     def look(self) -> Densities:
         """Takes notice of the reports that came in; returns itself."""
         for counter in list(self._watched):

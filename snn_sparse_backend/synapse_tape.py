@@ -163,7 +163,7 @@ class SynapseTape(Tape):
         """CUDA: density of the inputs that carry no raster, in earlier sequences."""
         module = self.module()
         known = _densities.get(module) if module is not None else None
-        return known.look().spikes if known is not None else None
+        return known.for_choice().spikes if known is not None else None
 
     def _count_inputs(self) -> Counter:
         """CUDA: a counter from which the density of the inputs will be known later."""

@@ -107,6 +107,24 @@ def test_every_run_gives_the_same_bits(options: dict[str, Any]) -> None:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+def test_deterministic_algorithms(options: dict[str, Any]) -> None:
+    """The first sequence, when nothing is known, and a later one give the same bits: nothing is learnt meanwhile."""
+    net, xs = make()
+    torch.use_deterministic_algorithms(True)
+    try:
+        with sparse.enabled("snntorch", **options):
+            gradients(net, lambda: net(xs))  # which synapses feed neurons is learnt, though
+            runs = []
+            for _ in range(3):
+                runs.append(gradients(net, lambda: net(xs)))
+                devices.wait()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
 def test_memory_kept_with_a_cutoff() -> None:
     """Less than a tenth of what the host keeps, though nobody knew beforehand how many sites would be active."""
     torch.manual_seed(0)
