@@ -217,7 +217,7 @@ def _splits(rows: int, inputs: int, outputs: int) -> int:
     """Parts into which the rows of a weight gradient are cut on CUDA: enough blocks, and enough rows in each."""
     tiles = -(-inputs // CONSTANTS["kInputsPerBlock"]) * -(-outputs // (2 * TILE))
     stages = -(-rows // CONSTANTS["kRowsPerStage"])
-    return max(1, min(GRADIENT_BLOCKS // tiles, stages // 4))
+    return max(1, min(GRADIENT_BLOCKS // max(tiles, 1), stages // 4))
 
 
 @cache
@@ -251,7 +251,9 @@ def input_gradient(grad: torch.Tensor, active: Columns, tiles: torch.Tensor) -> 
     _check(grad, "grad", (active.rows, outputs), grad.dtype, active.device)
     _check(tiles, "tiles", ((outputs + TILE - 1) // TILE, active.cols, TILE), grad.dtype, active.device)
     if active.transposed is not None:
-        out = torch.empty((rows, active.cols), dtype=grad.dtype, device=grad.device)
+        # Without outputs there is no product, and nothing would be written.
+        make = torch.empty if outputs else torch.zeros
+        out = make((rows, active.cols), dtype=grad.dtype, device=grad.device)
     elif active.rank is not None:
         out = torch.empty(active.events, dtype=grad.dtype, device=grad.device)
     else:

@@ -82,9 +82,12 @@ class Counter:
         self.done = self.started = 0
 
     def launch(self, amount: int) -> Any:
-        """The report argument of a launch that counts over so much more; without a slot while a graph is captured."""
+        """The report argument of a launch that counts over so much more.
+
+        Without a slot where no report would come in: while a graph is captured, or if there is nothing to launch.
+        """
         self.started += amount
-        if capturing(self._device):
+        if not amount or capturing(self._device):
             return STRUCTS["SnnReport"](counts=self.counts.data_ptr())
         launch = self._slots.next()
         self._pending.append((launch, self.started))

@@ -101,6 +101,7 @@ class DeviceStore:
         """An arena with room for so many more values, whatever has become of the steps before."""
         if self._arena is None or self._taken() + sites > self._arena.numel():
             self._counter.look()
+        if self._full:
             self._shrink()
         if self._arena is None or self._taken() + sites > self._arena.numel():
             if self._arena is not None:

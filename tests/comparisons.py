@@ -273,7 +273,7 @@ def forward_on_cuda(case: Case, chunk: int) -> Record:
     record = Record(dense[0], *words, dense[1], dense[2], dense[3:], finals, [], [], [], arena=arena, offsets=offsets)
     if case.model.spikes:
         for t, active in enumerate(record.active):
-            record.values.append(values_in_order(active, down(offsets[t]), down(arena), layer.cols))
+            record.values.append(values_in_order(active, down(offsets[t]), down(arena)))
             record.active_counts.append(len(record.values[-1]))
             record.spike_counts.append(int(reference.unpack(record.raster[t], layer.cols).sum()))
         if layer.sites:
@@ -283,10 +283,10 @@ def forward_on_cuda(case: Case, chunk: int) -> Record:
     return record
 
 
-def values_in_order(active: torch.Tensor, offsets: torch.Tensor, arena: torch.Tensor, cols: int) -> torch.Tensor:
+def values_in_order(active: torch.Tensor, offsets: torch.Tensor, arena: torch.Tensor) -> torch.Tensor:
     """The values of a step's active sites in their order, gathered block by block."""
     found, words = [], active.flatten().split(scans.SITES_PER_BLOCK // 64)
-    for block, offset in zip(words, offsets, strict=True):
+    for block, offset in zip(words[: len(offsets)], offsets, strict=True):
         number = int(reference.unpack(block.unsqueeze(0), 64 * len(block)).sum())
         found.append(arena[offset : offset + number])
     return torch.cat(found) if found else arena[:0]

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from cuda_builds import SANITIZERS
 from test_sanitizers import runtime
 
 from snn_sparse_backend import recipes
@@ -27,8 +28,8 @@ FLAGS = (
 VARIANTS = {
     "plain": (),
     "ucontext": ("-DCUDA_HOST_UCONTEXT",),
-    "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"),
-    "thread": ("-fsanitize=thread",),
+    "address": (*SANITIZERS["address"], "-fno-omit-frame-pointer"),
+    "thread": SANITIZERS["thread"],
 }
 RUNTIMES = {"address": ("libasan.so", "libstdc++.so.6"), "thread": ("libtsan.so",)}
 OPTIONS = {

@@ -46,7 +46,8 @@ template <class N, bool Learn> class Scan {
     for (int i = 0; i < N::States; i++)
       carry[i] = site_.exists && a_.carry_in[i] ? load<T>(a_.carry_in[i], offset_) : T(0);
 #pragma unroll
-    for (int p = 0; Learn && p < N::Count; p++) sums[p] = T(0);
+    for (int p = 0; Learn && p < N::Count; p++)
+      sums[p] = site_.exists && a_.grad_parameters[p] ? load<T>(a_.grad_parameters[p], offset_) : T(0);
     for (int64_t last = a_.steps; last > 0; last -= kGroup) {
       Loaded<T> loaded[kGroup];
       // Who is active decides what else is loaded, so the bits of all these steps come first.
@@ -66,7 +67,7 @@ template <class N, bool Learn> class Scan {
       if (a_.carry_out[i]) static_cast<T*>(a_.carry_out[i])[offset_] = carry[i];
 #pragma unroll
     for (int p = 0; Learn && p < N::Count; p++)
-      if (a_.grad_parameters[p]) static_cast<T*>(a_.grad_parameters[p])[offset_] += sums[p];
+      if (a_.grad_parameters[p]) static_cast<T*>(a_.grad_parameters[p])[offset_] = sums[p];
   }
 
  private:
