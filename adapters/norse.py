@@ -90,7 +90,7 @@ def _forward(self: Any, host: Any, x: torch.Tensor, state: Any, sequence: bool) 
 
 
 def _on_device(state: Any, device: torch.device) -> Any:
-    """Norse's own initial state. Its membrane may be a scalar on the CPU, whose gradient would have to be waited for."""
+    """Norse's own initial state. Its membrane may be a scalar on the CPU, whose gradient one would have to wait for."""
     v = state.v
     if v.device == device or v.dim():
         return state
