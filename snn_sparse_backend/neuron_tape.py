@@ -117,18 +117,21 @@ class NeuronTape(Tape):
 
     def active_set(self, blocks: Sequence[int], options: Options) -> Raster | None:
         """The active sites of some blocks, if gradients are wanted only there and the sites are few."""
-        chosen = [self.blocks[i] for i in blocks]
-        rasters = [b.active for b in chosen if b.active is not None]
-        sites = sum(b.steps for b in chosen) * self.layer.sites
-        if self.needs_all_spike_gradients or len(rasters) < len(chosen):
+        stack = self.recorded.active
+        if self.needs_all_spike_gradients or stack is None:
             return None
+        if blocks == list(range(len(self.blocks))):
+            active = stack.whole()
+        else:
+            rasters = [self.blocks[i].active for i in blocks]
+            active = Raster.concatenate(raster for raster in rasters if raster is not None)
         if event_parallel(self.layer.device):
             share = self.plan.densities.for_choice().active
         else:
-            share = sum(b.active_sites for b in chosen) / sites
+            share = (active.ones or 0) / active.sites
         if share is not None and share > options.crossover_on(self.layer.device):
             return None
-        return Raster.concatenate(rasters)
+        return active
 
     # ------------------------------------------------------------------------------------------------ backward
 

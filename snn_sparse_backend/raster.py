@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from .reports import Densities
@@ -56,21 +58,42 @@ class Raster:
         return Raster(torch.empty((rows, words_of(cols)), dtype=torch.int64, device=device), cols)
 
     @staticmethod
-    def concatenate(rasters: list[Raster]) -> Raster:
-        """The rasters one below the other; those that lie so in memory already are not copied."""
-        one = rasters[0]
-        known = [r.ones for r in rasters] if one.ones is not None else [None]
-        ones = sum(known) if None not in known else None  # type: ignore[arg-type]
-        parts: list[torch.Tensor] = []
-        storage, start, end = one.storage, one.first, one.first
+    def concatenate(rasters: Iterable[Raster]) -> Raster:
+        """The rasters one below the other, at least one."""
+        stack = RasterStack()
         for raster in rasters:
-            if raster.first != end or raster.storage is not storage:
-                parts.append(storage[start:end])
-                storage, start = raster.storage, raster.first
-            end = raster.first + raster.rows
-        if not parts:
-            return Raster(storage, one.cols, ones, one.densities, start, end - start)
-        return Raster(torch.cat([*parts, storage[start:end]]), one.cols, ones, one.densities)
+            stack.add(raster)
+        return stack.whole()
+
+
+class RasterStack:
+    """Rasters one below the other; those that lie so in memory already are not copied."""
+
+    def __init__(self) -> None:
+        self._last: Raster | None = None
+        self._finished: list[torch.Tensor] = []  # runs of neighbours, but the last
+        self._start = self._end = 0  # of the last run, in the storage of the last raster
+        self._ones: int | None = 0
+
+    def add(self, raster: Raster) -> None:
+        """Puts one more below."""
+        last = self._last
+        if last is not None and (raster.first != self._end or raster.storage is not last.storage):
+            self._finished.append(last.storage[self._start : self._end])
+            last = None
+        if last is None:
+            self._start = raster.first
+        self._end, self._last = raster.first + raster.rows, raster
+        self._ones = self._ones + raster.ones if self._ones is not None and raster.ones is not None else None
+
+    def whole(self) -> Raster:
+        """All of them."""
+        last = self._last
+        assert last is not None
+        if not self._finished:
+            return Raster(last.storage, last.cols, self._ones, last.densities, self._start, self._end - self._start)
+        words = torch.cat([*self._finished, last.storage[self._start : self._end]])
+        return Raster(words, last.cols, self._ones, last.densities)
 
 
 class RasterArena:

@@ -60,9 +60,9 @@ class Block:
     raster: Raster | None = None
     active: Raster | None = None
     # Storages of compressed membranes, each with the places in bytes of the steps it holds; empty where none are kept.
-    values: list[tuple[torch.Tensor, list[int]]] = field(default_factory=list)
+    values: Sequence[tuple[torch.Tensor, list[int]]] = ()
     offsets: Raster | None = None  # CUDA: words, not bits [T, blocks]: where the values of each block of sites begin
-    active_counts: list[int] = field(default_factory=list)  # CPU: per step
+    active_counts: Sequence[int] = ()  # CPU: per step
     membrane: torch.Tensor | None = None
     current: torch.Tensor | None = None
     reset: Raster | None = None
@@ -70,7 +70,8 @@ class Block:
 
     @property
     def active_sites(self) -> int:
-        return sum(self.active_counts)
+        """CPU only."""
+        return self.active.ones or 0 if self.active is not None else 0
 
 
 @dataclass(slots=True)

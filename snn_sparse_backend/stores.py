@@ -34,6 +34,8 @@ class HostStore:
     def run(self, block: Block, pointers: list[int], state_in: list[int], state_out: list[int]) -> None:
         """Calls the kernel until all steps are done; each call fills one arena of compressed membranes at most."""
         done, compress = 0, block.active is not None and block.membrane is None
+        counts: list[int] = []
+        values: list[tuple[torch.Tensor, list[int]]] = []
         while done < block.steps:
             if compress:
                 arena, used = self._room()
@@ -43,16 +45,16 @@ class HostStore:
                 ran = self._scan.run(block.steps, pointers, state_in, state_out, first=done)
             if block.active is not None:
                 found = self._scan.active_counts[done : done + ran]
-                block.active_counts += found
+                counts += found
                 if compress:
                     places = list(accumulate(found, initial=self._used))
                     self._used = places.pop()
-                    block.values.append((arena, [place * arena.element_size() for place in places]))
+                    values.append((arena, [place * arena.element_size() for place in places]))
             state_in, done = state_out, done + ran
         if block.raster is not None:
             block.raster.ones = sum(self._scan.spike_counts)
         if block.active is not None:
-            block.active.ones = block.active_sites
+            block.active_counts, block.values, block.active.ones = counts, values, sum(counts)
             self.dense |= block.active_sites > STORE_DENSE_ABOVE * self._layer.sites * block.steps
 
     def _room(self) -> tuple[torch.Tensor, int]:

@@ -15,7 +15,7 @@ from .build import load_node
 from .config import Options
 from .counters import counts
 from .native import event_parallel
-from .raster import Raster
+from .raster import Raster, RasterStack
 from .reports import Counter, Densities
 from .tapes import TOPOLOGICAL_SLACK, Delivery, SpikeTag, Tape, part
 
@@ -88,6 +88,9 @@ class SynapseTape(Tape):
         self.weight, self.bias = module.weight, module.bias
         self.versions = self._versions()
         self.steps: list[Step] = []
+        self.rasters: RasterStack | None = RasterStack()  # of all inputs, as long as all have one
+        # The neuron whose blocks all inputs are, as long as there is one.
+        self.before: tuple[weakref.ref[NeuronTape], list[int]] | None = None
         self.latest: torch.Tensor | None = None  # input of the last step
         self.current: torch.Tensor | None = None  # its current, an alias, to be copied while the input stays the same
         self.current_version = 0
@@ -190,6 +193,17 @@ class SynapseTape(Tape):
         elif not node.extend(self.handle, [x], [current]):
             return False
         self.steps.append(step)
+        if step.entry.raster is None:
+            self.rasters = None
+        elif self.rasters is not None:
+            self.rasters.add(step.entry.raster)
+        if len(self.steps) == 1:
+            self.before = (step.spikes[0], [step.spikes[1]]) if step.spikes is not None else None
+        elif self.before is not None:
+            if step.spikes is None or step.spikes[0]() is not self.before[0]():
+                self.before = None
+            else:
+                self.before[1].append(step.spikes[1])
         return True
 
     def move(self, index: int, current: torch.Tensor) -> SynapseTape | None:
@@ -249,16 +263,16 @@ class SynapseTape(Tape):
 
     def _weight_gradient(self, chosen: list[int], grad: torch.Tensor, weight: bool,
                          bias: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        entries = [self.steps[i].entry for i in chosen]
         if not weight:
             return None, grad.sum(0)
         if self._same_input(chosen):  # its gradients are summed over time first
-            grad, entries = grad.view(len(entries), -1, grad.shape[1]).sum(0), entries[:1]
-        if all(e.raster is not None for e in entries):
-            raster = Raster.concatenate([e.raster for e in entries if e.raster is not None])
+            grad, chosen = grad.view(len(chosen), -1, grad.shape[1]).sum(0), chosen[:1]
+        if self.rasters is not None:
+            raster = self._rasters_of(chosen)
             if self._pays(kernels.density(raster), unknown=True):
                 counts["weight_gradient_sparse"] += 1
                 return kernels.weight_gradient(grad, kernels.columns(raster), bias=bias)
+        entries = [self.steps[i].entry for i in chosen]
         x = torch.cat([e.values(grad.dtype) for e in entries]) if len(entries) > 1 else entries[0].values(grad.dtype)
         if event_parallel(x.device):
             if self._pays(self._input_density()):
@@ -270,12 +284,17 @@ class SynapseTape(Tape):
         counts["weight_gradient_dense"] += 1
         return kernels.dense_product(grad.t(), x), grad.sum(0) if bias else None
 
+    def _rasters_of(self, chosen: list[int]) -> Raster:
+        if self.rasters is not None and len(chosen) == len(self.steps):
+            return self.rasters.whole()
+        rasters = [self.steps[i].entry.raster for i in chosen]
+        return Raster.concatenate(raster for raster in rasters if raster is not None)
+
     def _input_gradient(self, chosen: list[int], grad: torch.Tensor, needs: Sequence[bool],
                         result: list[torch.Tensor | None], task: int) -> None:
         _check_version(self.weight, self.versions[0])
-        neuron = self._neuron_before(chosen, needs)
+        neuron, blocks = self._neuron_before(chosen, needs)
         if neuron is not None:
-            blocks = [spikes[1] for spikes in (self.steps[i].spikes for i in chosen) if spikes is not None]
             active = neuron.active_set(blocks, self.options)
             if active is not None and active.cols == self.weight.shape[1]:
                 counts["input_gradient_sparse"] += 1
@@ -299,20 +318,19 @@ class SynapseTape(Tape):
         """Whether these steps, more than one, all received the very same tensor."""
         return len(chosen) > 1 and all(self.steps[i].entry is self.steps[chosen[0]].entry for i in chosen)
 
-    def _neuron_before(self, chosen: list[int], needs: Sequence[bool]) -> NeuronTape | None:
-        """The neuron tape whose spikes all chosen inputs are, if the gradients may go to it directly."""
-        spikes = [self.steps[i].spikes for i in chosen]
-        first = spikes[0][0]() if spikes[0] is not None else None
-        if first is None or any(s is None or s[0]() is not first for s in spikes):
-            return None
-        blocks = [s[1] for s in spikes if s is not None]
-        if not all(needs[2 + i] for i in chosen) or len(set(blocks)) < len(blocks) or first.observed():
-            return None
-        return first
+    def _neuron_before(self, chosen: list[int], needs: Sequence[bool]) -> tuple[NeuronTape | None, list[int]]:
+        """The neuron tape whose spikes all inputs are, if the gradients may go to it directly, and its blocks."""
+        neuron = self.before[0]() if self.before is not None else None
+        if self.before is None or neuron is None:
+            return None, []
+        blocks = self.before[1] if len(chosen) == len(self.steps) else [self.before[1][i] for i in chosen]
+        if not all(needs[2 + i] for i in chosen) or len(set(blocks)) < len(blocks) or neuron.observed():
+            return None, []
+        return neuron, blocks
 
     def release(self) -> None:
         super().release()
-        self.steps, self.latest, self.current, self.product = [], None, None, None
+        self.steps, self.rasters, self.latest, self.current, self.product = [], None, None, None, None
 
 
 def run_synapse(module: nn.Linear, options: Options, host: Any, x: torch.Tensor, tag: SpikeTag | None) -> torch.Tensor:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .build import load_node
+from .raster import RasterStack
 from .recorder import Result
 from .scans import ForwardScan, Table, step_pointers
 from .tapes import Delivery
@@ -31,6 +32,7 @@ class Recorded:
         firsts: first step of each block.
         steps: number of steps.
         active_counts: CPU: active sites of each step.
+        active: the active sites of all blocks; None if some have none.
     """
 
     _NOTED = [(i, name) for i, name in enumerate(ForwardScan.TABLES) if name not in ("input", "output")]
@@ -39,6 +41,7 @@ class Recorded:
         self.firsts: list[int] = []
         self.steps = 0
         self.active_counts: list[int] = []
+        self.active: RasterStack | None = RasterStack()
         self._tables: dict[str, Table[int]] = {name: array("Q") for _, name in self._NOTED}
         # Runs of steps whose compressed membranes are in one storage, which may move when it shrinks.
         self._values: list[tuple[torch.Tensor | None, list[int]]] = []
@@ -54,12 +57,17 @@ class Recorded:
             else:
                 self._tables[name].extend(pointers[i * steps : (i + 1) * steps])
         self.active_counts += block.active_counts
+        if block.active is not None and self.active is not None:
+            self.active.add(block.active)
+        else:
+            self.active = None
         values: Sequence[tuple[torch.Tensor | None, list[int]]] = block.values or [(None, [0] * steps)]
         for storage, places in values:
             if self._values and self._values[-1][0] is storage:
                 self._values[-1][1].extend(places)
             else:
                 self._values.append((storage, list(places)))
+        block.values = block.active_counts = ()  # noted here
 
     def tables(self, resets_follow_spikes: bool) -> dict[str, Table[int]]:
         """The tables by their names in ``SnnNeuronBackward``.
@@ -95,9 +103,10 @@ class Incoming:
         dense: dict[int, torch.Tensor] = {}
         at_active: dict[int, torch.Tensor] = {}
         dtype = tape.layer.dtype
-        for (kind, index), grad in zip(tape.outputs, grads, strict=True):
+        for output, grad in enumerate(grads):
             if grad is None:
                 continue
+            kind, index = tape.outputs[output]
             if grad.dtype is not dtype:
                 grad = grad.to(dtype)
             if kind == 0:
@@ -174,7 +183,7 @@ class Incoming:
             table[first : first + block.steps] = array("Q", step_pointers(grad, block.steps))
             return
         offset = 0
-        for step, active in enumerate(block.active_counts):
+        for step, active in enumerate(self._tape.recorded.active_counts[first : first + block.steps]):
             table[first + step] = _address(grad) + offset * grad.element_size()
             offset += active
 
