@@ -21,6 +21,7 @@ class SparseFallbackWarning(UserWarning):
 _EXPECTED = ("torch.compile", "torch.jit", "inference mode", "saved-tensor hooks", "a torch.func transform",
              "forward-mode", "the input is empty")
 _warned: set[tuple[str, str]] = set()
+_CORE = "the compiled core is"
 _problems: dict[str, str | None] = {}
 
 
@@ -38,11 +39,20 @@ def _load_problem(what: str, *loads: Callable[[], Any]) -> str | None:
 
 def core_problem() -> str | None:
     """Why the compiled core cannot be used, or None."""
-    return _load_problem("the compiled core is", load_core, load_node)
+    if _CORE in _problems:
+        return _problems[_CORE]
+    return _load_problem(_CORE, load_core, load_node)
 
 
 def tensor_problem(x: torch.Tensor, *others: torch.Tensor) -> str | None:
     """Why tensors cannot go through the kernels together, or None. The others may be scalars on the CPU."""
+    for tensor in (x, *others):  # the common case first: this is asked several times a step
+        if not (tensor.is_cpu and plain_tensor(tensor) and tensor.layout is torch.strided) or tensor.is_inference():
+            return _tensor_problem(x, others)
+    return None
+
+
+def _tensor_problem(x: torch.Tensor, others: tuple[torch.Tensor, ...]) -> str | None:
     for tensor in (x, *others):
         if not plain_tensor(tensor):
             return f"tensors of type {type(tensor).__name__} are not supported"

@@ -10,10 +10,10 @@ import torch
 _raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
-def current_stream(device: torch.device) -> int:
-    """Address of the current stream of a CUDA device; 0 for the CPU, which has one order of work only."""
+def current_stream(device: torch.device) -> int | None:
+    """Address of the current stream of a CUDA device; None for the CPU, which has one order of work only."""
     if device.type != "cuda":
-        return 0
+        return None
     index = device.index if device.index is not None else torch.cuda.current_device()
     if _raw_stream is not None:
         return int(_raw_stream(index))

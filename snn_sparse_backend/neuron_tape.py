@@ -60,7 +60,7 @@ class NeuronTape(Tape):
             return False
         if self.layer.shape != shape or self.layer.dtype != dtype or self.layer.device != device:
             return False
-        if self.stream != current_stream(device):
+        if self.stream is not None and self.stream != current_stream(device):
             return False
         for state, (last, version, attached) in zip(states, self.last, strict=True):
             if last() is not state or state._version != version or state.requires_grad != attached:

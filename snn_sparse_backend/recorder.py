@@ -60,7 +60,7 @@ class Block:
     raster: Raster | None = None
     active: Raster | None = None
     # Storages of compressed membranes, each with the places in bytes of the steps it holds; empty where none are kept.
-    values: Sequence[tuple[torch.Tensor, list[int]]] = ()
+    values: Sequence[tuple[torch.Tensor, Sequence[int]]] = ()
     offsets: Raster | None = None  # CUDA: words, not bits [T, blocks]: where the values of each block of sites begin
     active_counts: Sequence[int] = ()  # CPU: per step
     membrane: torch.Tensor | None = None

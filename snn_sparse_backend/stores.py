@@ -33,9 +33,32 @@ class HostStore:
 
     def run(self, block: Block, pointers: list[int], state_in: list[int], state_out: list[int]) -> None:
         """Calls the kernel until all steps are done; each call fills one arena of compressed membranes at most."""
+        if block.steps == 1:
+            self._run_one(block, pointers, state_in, state_out)
+        else:
+            self._run_all(block, pointers, state_in, state_out)
+        if block.raster is not None:
+            block.raster.ones = sum(self._scan.spike_counts)
+        if block.active is not None:
+            block.active.ones = active = sum(block.active_counts)
+            self.dense |= active > STORE_DENSE_ABOVE * self._layer.sites * block.steps
+
+    def _run_one(self, block: Block, pointers: list[int], state_in: list[int], state_out: list[int]) -> None:
+        if block.active is None or block.membrane is not None:
+            self._scan.run(1, pointers, state_in, state_out)
+        else:
+            arena, used = self._room()
+            place = used * self._layer.dtype.itemsize
+            self._scan.run(1, pointers, state_in, state_out, arena.data_ptr() + place, arena.numel() - used)
+            self._used = used + self._scan.active_counts[0]
+            block.values = ((arena, (place,)),)
+        if block.active is not None:
+            block.active_counts = (self._scan.active_counts[0],)
+
+    def _run_all(self, block: Block, pointers: list[int], state_in: list[int], state_out: list[int]) -> None:
         done, compress = 0, block.active is not None and block.membrane is None
         counts: list[int] = []
-        values: list[tuple[torch.Tensor, list[int]]] = []
+        values: list[tuple[torch.Tensor, Sequence[int]]] = []
         while done < block.steps:
             if compress:
                 arena, used = self._room()
@@ -51,11 +74,8 @@ class HostStore:
                     self._used = places.pop()
                     values.append((arena, [place * arena.element_size() for place in places]))
             state_in, done = state_out, done + ran
-        if block.raster is not None:
-            block.raster.ones = sum(self._scan.spike_counts)
         if block.active is not None:
-            block.active_counts, block.values, block.active.ones = counts, values, sum(counts)
-            self.dense |= block.active_sites > STORE_DENSE_ABOVE * self._layer.sites * block.steps
+            block.active_counts, block.values = counts, values
 
     def _room(self) -> tuple[torch.Tensor, int]:
         """An arena with room for the compressed membranes of at least one more step, and how much of it is used."""

@@ -35,38 +35,33 @@ class Recorded:
         active: the active sites of all blocks; None if some have none.
     """
 
-    _NOTED = [(i, name) for i, name in enumerate(ForwardScan.TABLES) if name not in ("input", "output")]
-
     def __init__(self) -> None:
         self.firsts: list[int] = []
         self.steps = 0
         self.active_counts: list[int] = []
         self.active: RasterStack | None = RasterStack()
-        self._tables: dict[str, Table[int]] = {name: array("Q") for _, name in self._NOTED}
+        self._pointers: list[list[int]] = []  # of each block: what its scan was given
         # Runs of steps whose compressed membranes are in one storage, which may move when it shrinks.
         self._values: list[tuple[torch.Tensor | None, list[int]]] = []
+        self._storage: torch.Tensor | None = None  # of the last run
 
     def add(self, result: Result) -> None:
         """Notes one more block."""
-        block, pointers, steps = result.block, result.pointers, result.block.steps
+        block, steps = result.block, result.block.steps
         self.firsts.append(self.steps)
         self.steps += steps
-        for i, name in self._NOTED:
-            if steps == 1:
-                self._tables[name].append(pointers[i])
-            else:
-                self._tables[name].extend(pointers[i * steps : (i + 1) * steps])
         self.active_counts += block.active_counts
         if block.active is not None and self.active is not None:
             self.active.add(block.active)
         else:
             self.active = None
-        values: Sequence[tuple[torch.Tensor | None, list[int]]] = block.values or [(None, [0] * steps)]
+        values: Sequence[tuple[torch.Tensor | None, Sequence[int]]] = block.values or ((None, (0,) * steps),)
         for storage, places in values:
-            if self._values and self._values[-1][0] is storage:
-                self._values[-1][1].extend(places)
-            else:
-                self._values.append((storage, list(places)))
+            if storage is not self._storage or not self._values:
+                self._storage = storage
+                self._values.append((storage, []))
+            self._values[-1][1].extend(places)
+        self._pointers.append(result.pointers)
         block.values = block.active_counts = ()  # noted here
 
     def tables(self, resets_follow_spikes: bool) -> dict[str, Table[int]]:
@@ -79,10 +74,24 @@ class Recorded:
         for storage, places in self._values:
             base = storage.data_ptr() if storage is not None else 0
             values.extend([base + place for place in places])
-        tables = {**self._tables, "values": values}
+        tables = {**self._noted(), "values": values}
         if resets_follow_spikes:
-            tables["reset"] = self._tables["reset"][:1] + self._tables["raster"][:-1]
+            tables["reset"] = tables["reset"][:1] + tables["raster"][:-1]
         return tables
+
+    def _noted(self) -> dict[str, Table[int]]:
+        """Table by table, what was noted block by block."""
+        names = ForwardScan.TABLES
+        if self.steps == len(self._pointers):  # one step a block
+            columns = zip(*self._pointers, strict=True)
+            found = {name: array("Q", column) for name, column in zip(names, columns, strict=False)}
+        else:
+            found = {name: array("Q") for name in names}
+            for first, end, pointers in zip(self.firsts, [*self.firsts[1:], self.steps], self._pointers, strict=True):
+                steps = end - first
+                for i, name in enumerate(names):
+                    found[name].extend(pointers[i * steps : (i + 1) * steps])
+        return {name: table for name, table in found.items() if name not in ("input", "output")}
 
 
 class Incoming:

@@ -115,7 +115,7 @@ class SpikeTag(Tag):
 
     def __init__(self, raster: Raster, tape: NeuronTape, block: int, version: int) -> None:
         self.raster, self.tape, self.block, self.version = raster, weakref.ref(tape), block, version
-        self.stream = current_stream(raster.device)
+        self.stream = tape.stream
 
 
 def tag_of(tensor: torch.Tensor) -> SpikeTag | None:
@@ -131,7 +131,7 @@ def tag_of(tensor: torch.Tensor) -> SpikeTag | None:
             return None
     if not isinstance(tag, SpikeTag) or tag.version != tensor._version:
         return None
-    return tag if tag.stream == current_stream(tensor.device) else None
+    return tag if tag.stream is None or tag.stream == current_stream(tensor.device) else None
 
 
 def part(total: torch.Tensor, first: int, rows: int, shape: torch.Size) -> torch.Tensor:
