@@ -354,9 +354,12 @@ def test_what_is_left_when_nothing_compiles(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_installs_nothing_into_a_python_that_is_named() -> None:
+    # The tests may themselves run under make, which hands its variables on.
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+
     def said(*arguments: str) -> str:
         return subprocess.run(["make", "-n", "gpu-check", *arguments], capture_output=True, text=True, check=True,
-                              cwd=gpu_check.ROOT).stdout
+                              cwd=gpu_check.ROOT, env=environment).stdout
 
     assert said("PYTHON=/some/python", "OUT=/some/folder", "ARGS=--skip-tests").splitlines() == [
         "/some/python tests/gpu_check.py --out /some/folder --skip-tests"]
