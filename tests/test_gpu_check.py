@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -355,7 +356,8 @@ def test_what_is_left_when_nothing_compiles(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_installs_nothing_into_a_python_that_is_named() -> None:
     # The tests may themselves run under make, which hands its variables on.
-    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    inherited = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    environment = {name: value for name, value in os.environ.items() if name not in inherited}
 
     def said(*arguments: str) -> str:
         return subprocess.run(["make", "-n", "gpu-check", *arguments], capture_output=True, text=True, check=True,
