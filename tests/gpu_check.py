@@ -26,8 +26,8 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a checkout that is not installed
 
-from snn_sparse_backend.bench import DEFAULT_OUT  # noqa: E402
-
+NEEDED = ("torch", "numpy", "pytest", "hypothesis", "ninja", "filelock", "platformdirs", "rich", "tqdm", "matplotlib",
+          "snntorch", "norse", "nir", "nirtorch")
 TAIL = 15  # lines of a failed part that are shown
 SANITIZERS = ("memcheck", "racecheck")
 UNSUPPORTED = "Device not supported"  # what a sanitizer says where it cannot work, under some virtual machines
@@ -250,7 +250,19 @@ def print_summary(results: dict[str, Any]) -> None:
     console.print(table)
 
 
+def missing() -> list[str]:
+    """Packages that this Python lacks."""
+    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
+    lacking = missing()
+    if lacking:
+        print(f"gpu-check: {sys.executable} has no {', '.join(lacking)}: install them into it, or name another Python "
+              "(norse with --no-deps: it asks for torchvision)", file=sys.stderr)
+        return 2
+    from snn_sparse_backend.bench import DEFAULT_OUT
+
     parser = argparse.ArgumentParser(description="Compiles, tests and measures the package on a GPU.")
     parser.add_argument("--out", type=Path, default=ROOT / DEFAULT_OUT, metavar="DIR", help="where results go")
     parser.add_argument("--preset", help="of the benchmark (default: gpu)")

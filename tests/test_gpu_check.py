@@ -354,6 +354,14 @@ def test_what_is_left_when_nothing_compiles(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+                                  tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu_check, "NEEDED", ("torch", "no_such_package", "nor_this"))
+    assert gpu_check.main(["--out", str(tmp_path / "out")]) == 2
+    assert "has no no_such_package, nor_this: install them" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_make_installs_nothing_into_a_python_that_is_named() -> None:
     # The tests may themselves run under make, which hands its variables on.
     inherited = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
