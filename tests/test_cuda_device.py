@@ -163,24 +163,39 @@ def test_memory_kept_with_a_cutoff() -> None:
     assert sum(kept.values()) < host / 10, (kept, host)
 
 
-def test_the_reason_when_there_is_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One warning that says how to get it, and the host's own result."""
-    net, xs = make()
-    expected = gradients(net, lambda: net(xs))
-
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise BuildError("no nvcc found. Install it: pip install 'snn-sparse-backend[cuda]'")
 
     monkeypatch.setattr(fallback, "load_cuda", fail)
     monkeypatch.setattr(fallback, "_problems", {})
     fallback.forget_warnings()
-    if devices.device.type != "cuda":
-        monkeypatch.setattr(fallback, "kernels_problem", lambda device: fallback._load_problem("x", fail))
+
+
+def test_the_reason_when_there_is_no_compiler(no_compiler: None) -> None:
+    for _ in range(2):
+        problem = fallback.kernels_problem(torch.device("cuda", 0))
+        assert problem is not None and "the CUDA kernels are not available: no nvcc" in problem
+    assert fallback.kernels_problem(torch.device("cpu")) is None and fallback.core_problem() is None
+
+
+@on_a_gpu
+def test_without_a_compiler_the_host_runs(no_compiler: None) -> None:
+    """One warning that says how to get it, and the host's own result; CPU tensors stay fused."""
+    net, xs = make()
+    expected = gradients(net, lambda: net(xs))
     sparse.reset_counts()
-    with sparse.enabled("snntorch"), pytest.warns(sparse.SparseFallbackWarning, match="pip install") as seen:
-        found = gradients(net, lambda: net(xs))
-    assert len(seen) == 1 and sparse.counts["neuron_steps"] == 0 and sparse.counts["host_steps"] > 0
-    close(found, expected)
+    with sparse.enabled("snntorch"):
+        with pytest.warns(sparse.SparseFallbackWarning, match="pip install") as seen:
+            found = gradients(net, lambda: net(xs))
+        assert len(seen) == 1 and sparse.counts["neuron_steps"] == 0 and sparse.counts["host_steps"] > 0
+        close(found, expected)
+        sparse.reset_counts()
+        net, xs = net.cpu(), xs.cpu()
+        with torch.device("cpu"):
+            gradients(net, lambda: net(xs))
+        assert sparse.counts["host_steps"] == 0 and sparse.counts["neuron_steps"] == 3 * STEPS
 
 
 def test_counts_do_not_come_back_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
