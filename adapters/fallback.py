@@ -21,7 +21,6 @@ class SparseFallbackWarning(UserWarning):
 _EXPECTED = ("torch.compile", "torch.jit", "inference mode", "saved-tensor hooks", "a torch.func transform",
              "forward-mode", "the input is empty")
 _warned: set[tuple[str, str]] = set()
-_CORE = "the compiled core is"
 _problems: dict[str, str | None] = {}
 
 
@@ -39,9 +38,7 @@ def _load_problem(what: str, *loads: Callable[[], Any]) -> str | None:
 
 def core_problem() -> str | None:
     """Why the compiled core cannot be used, or None."""
-    if _CORE in _problems:
-        return _problems[_CORE]
-    return _load_problem(_CORE, load_core, load_node)
+    return _load_problem("the compiled core is", load_core, load_node)
 
 
 def tensor_problem(x: torch.Tensor, *others: torch.Tensor) -> str | None:

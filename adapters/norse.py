@@ -30,11 +30,13 @@ from ..dynamics import LIF as LIF_DYNAMICS
 from ..native import DTYPES
 from ..neuron_tape import computing_dtype, run_neuron
 from ..recorder import Plan
+from ..reports import densities_of
+from ..scans import filled
 from ..surrogate import NO_GRADIENT
 from . import synapses
 from .adapter import OPTIONS, Adapter, truncate
 from .fallback import mode_problem, report, tensor_problem
-from .plans import PlanCache, densities_of
+from .plans import PlanCache
 
 LIBRARY = "norse"
 __all__ = ["LI", "LICell", "LIF", "LIFCell"]
@@ -94,7 +96,7 @@ def _on_device(state: Any, device: torch.device) -> Any:
     v = state.v
     if v.device == device or v.dim():
         return state
-    return state._replace(v=torch.full((), v.item(), dtype=v.dtype, device=device).requires_grad_(v.requires_grad))
+    return state._replace(v=filled(v, v.shape, v.dtype, device).requires_grad_(v.requires_grad))
 
 
 def _problem(module: Any, x: torch.Tensor, sequence: bool) -> str | None:

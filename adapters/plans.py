@@ -10,18 +10,11 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..recorder import Plan
-from ..reports import Densities
 
 PLANS_PER_MODULE = 8  # one module may serve streams of several shapes in turn
 
 
-_densities: weakref.WeakKeyDictionary[Any, Densities] = weakref.WeakKeyDictionary()
 _values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def densities_of(module: Any) -> Densities:
-    """What is known of the densities of a module: its plans come and go with its parameters."""
-    return _densities.setdefault(module, Densities())
 
 
 def values_of(tensor: torch.Tensor) -> torch.Tensor:

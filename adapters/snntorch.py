@@ -23,10 +23,11 @@ from ..dynamics import leaky
 from ..native import DTYPES
 from ..neuron_tape import run_neuron
 from ..recorder import Plan
+from ..reports import densities_of
 from . import synapses
 from .adapter import OPTIONS, Adapter, truncate
 from .fallback import mode_problem, report, tensor_problem
-from .plans import PlanCache, densities_of, values_of
+from .plans import PlanCache, values_of
 
 LIBRARY = "snntorch"
 host_forward = snn.Leaky.forward

@@ -18,7 +18,7 @@ from .recorder import Block, Plan, Recorder, Result
 from .scans import Layer, neuron_backward
 from .synapse_tape import SynapseTape, claim_current
 from .tables import Incoming, Recorded
-from .tapes import TAG, TOPOLOGICAL_SLACK, Delivery, SpikeTag, Tape, part
+from .tapes import TAG, TOPOLOGICAL_SLACK, Delivery, Links, SpikeTag, Tape, part
 
 
 class NeuronTape(Tape):
@@ -48,7 +48,7 @@ class NeuronTape(Tape):
         self.needs_all_spike_gradients = "graded_spikes_factor" in {plan.dynamics.parameters[i] for i in learned}
         self.blocks: list[Block] = []
         self.recorded = Recorded()
-        self.feeder: tuple[weakref.ref[SynapseTape], list[int]] | None = None  # made the inputs of all blocks, so far
+        self.feeder: Links[SynapseTape] = Links()  # the synapse whose steps made the inputs
         self.outputs: list[tuple[int, int]] = []  # per node output: (0 = output or 1 + state, block)
         self.synapses: dict[int, weakref.ref[SynapseTape]] = {}  # fed by these spikes, by id of their module
         self.last: list[tuple[weakref.ref[torch.Tensor], int, bool]] = []
@@ -98,22 +98,12 @@ class NeuronTape(Tape):
             return False
         self.blocks.append(result.block)
         self.recorded.add(result)
-        self._note_source(result.block.source)
+        self.feeder.add(result.block.source)
         self.outputs += [(kind, index) for kind, _ in plain + states_inside + finals]
         self.last = [(weakref.ref(t), t._version, t.requires_grad) for t in result.finals]
         if result.block.raster is not None and plan.unit_spikes:
             setattr(result.output, TAG, SpikeTag(result.block.raster, self, index, result.output._version))
         return True
-
-    def _note_source(self, source: tuple[weakref.ref[SynapseTape], int] | None) -> None:
-        """Keeps account of whether one synapse made the inputs of all blocks."""
-        if len(self.blocks) == 1:
-            self.feeder = (source[0], [source[1]]) if source is not None else None
-        elif self.feeder is not None:
-            if source is None or source[0]() is not self.feeder[0]():
-                self.feeder = None
-            else:
-                self.feeder[1].append(source[1])
 
     def active_set(self, blocks: Sequence[int], options: Options) -> Raster | None:
         """The active sites of some blocks, if gradients are wanted only there and the sites are few."""
@@ -175,9 +165,9 @@ class NeuronTape(Tape):
     def _return_inputs(self, grad: torch.Tensor, reached: int, needs: Sequence[bool],
                        result: list[torch.Tensor | None], first_input: int, task: int) -> None:
         """Hands the gradients of the inputs to the synapse that made them all, or else to autograd."""
-        synapse = self.feeder[0]() if self.feeder is not None else None
-        if self.feeder is not None and synapse is not None and all(needs[:reached]) and not synapse.observed():
-            synapse.deliver(Delivery(task, self.feeder[1][:reached], dense=grad))
+        synapse = self.feeder.tape()
+        if synapse is not None and all(needs[:reached]) and not synapse.observed():
+            synapse.deliver(Delivery(task, self.feeder.indices[:reached], dense=grad))
             return
         first, rows = 0, self.layer.rows
         for i, block in enumerate(self.blocks[:reached]):

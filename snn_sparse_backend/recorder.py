@@ -16,7 +16,7 @@ from .kernels import nonzero, pack
 from .native import event_parallel
 from .raster import WORD, Raster, RasterArena
 from .reports import Densities
-from .scans import ForwardScan, Layer
+from .scans import ForwardScan, Layer, filled
 from .stores import store_for
 from .surrogate import Surrogate
 
@@ -169,11 +169,10 @@ class Recorder:
 
     def _ready(self, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """The tensor in the layer's dtype, of full shape and contiguous; itself where it is that already."""
+        if tensor.device != self.layer.device:
+            return filled(tensor, shape, self.layer.dtype, self.layer.device)
         if tensor.dtype is self.layer.dtype and tensor.shape == shape and tensor.is_contiguous():
-            if shape or tensor.device == self.layer.device:
-                return tensor
-        if tensor.device != self.layer.device:  # a scalar; filled in, because copying it would wait for the device
-            return torch.full(shape, tensor.item(), dtype=self.layer.dtype, device=self.layer.device)
+            return tensor
         return tensor.detach().to(self.layer.dtype).expand(shape).contiguous()
 
     def full(self, states: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -12,6 +12,7 @@ import itertools
 from collections import deque
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -124,7 +125,8 @@ class Densities:
 
     def watch(self, counter: Counter) -> None:
         """Learn from a counter of (active sites, spikes) over sites once its report comes in."""
-        if len(self._watched) < _PENDING:  # else the older ones, which come in sooner, will do
+        # Where there are many, the older ones, which come in sooner, will do.
+        if counter not in self._watched and len(self._watched) < _PENDING:
             self._watched.append(counter)
 
     def for_choice(self) -> Densities:
@@ -143,3 +145,11 @@ class Densities:
             if counter.settled:
                 self._watched.remove(counter)
         return self
+
+
+_of_modules: WeakKeyDictionary[Any, Densities] = WeakKeyDictionary()
+
+
+def densities_of(module: Any) -> Densities:
+    """What is known of the densities of a module: of a neuron's sites, or of a synapse's inputs without a raster."""
+    return _of_modules.setdefault(module, Densities())

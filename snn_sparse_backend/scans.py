@@ -38,6 +38,11 @@ def step_pointers(tensor: torch.Tensor | None, steps: int) -> Sequence[int]:
     return range(start, start + size * steps, size) if size else (start,) * steps
 
 
+def filled(scalar: torch.Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A scalar of the CPU on another device. It is filled in, because copying it would wait for the device."""
+    return torch.full(shape, scalar.item(), dtype=dtype, device=device)
+
+
 def _address(table: Table[int] | None) -> int | None:
     return table.buffer_info()[0] if table is not None else None
 
@@ -78,8 +83,8 @@ class Layer:
 
     def _broadcast(self, value: torch.Tensor) -> torch.Tensor:
         """The parameter as a matrix ``[rows, cols]`` whose strides are zero along the axes it is constant on."""
-        if value.device != self.device:  # a scalar; filled in, because copying it would wait for the device
-            value = torch.full((), value.item(), dtype=self.dtype, device=self.device)
+        if value.device != self.device:
+            value = filled(value, torch.Size(), self.dtype, self.device)
         if value.numel() == 1:
             return value.reshape(1, 1).clone().expand(self.rows, self.cols)
         if value.dim() == len(self.shape) and value.shape[0] != 1 and len(self.shape) > 1:

@@ -16,15 +16,14 @@ from .config import Options
 from .counters import counts
 from .native import event_parallel
 from .raster import Raster, RasterStack
-from .reports import Counter, Densities
-from .tapes import TOPOLOGICAL_SLACK, Delivery, SpikeTag, Tape, part
+from .reports import Counter, densities_of
+from .tapes import TOPOLOGICAL_SLACK, Delivery, Links, SpikeTag, Tape, part
 
 if TYPE_CHECKING:
     from .neuron_tape import NeuronTape
 
 # CUDA: of the inputs that are multiplied densely, one row in so many is looked at, to know their density next time.
 SAMPLED_ROWS = 16
-_densities: weakref.WeakKeyDictionary[nn.Module, Densities] = weakref.WeakKeyDictionary()
 # The open tape of a synapse whose input carries no raster, so that no neuron sequence owns it yet.
 _unowned: weakref.WeakKeyDictionary[nn.Module, weakref.ref[SynapseTape]] = weakref.WeakKeyDictionary()
 
@@ -89,8 +88,7 @@ class SynapseTape(Tape):
         self.versions = self._versions()
         self.steps: list[Step] = []
         self.rasters: RasterStack | None = RasterStack()  # of all inputs, as long as all have one
-        # The neuron whose blocks all inputs are, as long as there is one.
-        self.before: tuple[weakref.ref[NeuronTape], list[int]] | None = None
+        self.before: Links[NeuronTape] = Links()  # the neuron whose blocks the inputs are
         self.latest: torch.Tensor | None = None  # input of the last step
         self.current: torch.Tensor | None = None  # its current, an alias, to be copied while the input stays the same
         self.current_version = 0
@@ -165,14 +163,13 @@ class SynapseTape(Tape):
     def _input_density(self) -> float | None:
         """CUDA: density of the inputs that carry no raster, in earlier sequences."""
         module = self.module()
-        known = _densities.get(module) if module is not None else None
-        return known.for_choice().spikes if known is not None else None
+        return densities_of(module).for_choice().spikes if module is not None else None
 
     def _count_inputs(self) -> Counter:
         """CUDA: a counter from which the density of the inputs will be known later."""
         counter, module = Counter(self.weight.device), self.module()
         if module is not None:
-            _densities.setdefault(module, Densities()).watch(counter)
+            densities_of(module).watch(counter)
         return counter
 
     def sparse_product(self) -> kernels.SynapseForward:
@@ -197,13 +194,7 @@ class SynapseTape(Tape):
             self.rasters = None
         elif self.rasters is not None:
             self.rasters.add(step.entry.raster)
-        if len(self.steps) == 1:
-            self.before = (step.spikes[0], [step.spikes[1]]) if step.spikes is not None else None
-        elif self.before is not None:
-            if step.spikes is None or step.spikes[0]() is not self.before[0]():
-                self.before = None
-            else:
-                self.before[1].append(step.spikes[1])
+        self.before.add(step.spikes)
         return True
 
     def move(self, index: int, current: torch.Tensor) -> SynapseTape | None:
@@ -320,10 +311,11 @@ class SynapseTape(Tape):
 
     def _neuron_before(self, chosen: list[int], needs: Sequence[bool]) -> tuple[NeuronTape | None, list[int]]:
         """The neuron tape whose spikes all inputs are, if the gradients may go to it directly, and its blocks."""
-        neuron = self.before[0]() if self.before is not None else None
-        if self.before is None or neuron is None:
+        neuron = self.before.tape()
+        if neuron is None:
             return None, []
-        blocks = self.before[1] if len(chosen) == len(self.steps) else [self.before[1][i] for i in chosen]
+        indices = self.before.indices
+        blocks = indices if len(chosen) == len(self.steps) else [indices[i] for i in chosen]
         if not all(needs[2 + i] for i in chosen) or len(set(blocks)) < len(blocks) or neuron.observed():
             return None, []
         return neuron, blocks

@@ -144,14 +144,7 @@ class Incoming:
         assert grad is not None
         grad = grad.contiguous()
         self._keep.append(grad)
-        if grad.dim() == 1 and delivery.active is not None:
-            counts = recorded.active_counts[first : first + steps - 1]
-            places = accumulate(counts, initial=0)
-            start, size = _address(grad), grad.element_size()
-            self._active[first : first + steps] = array("Q", [start + place * size for place in places])
-            return True
-        table = self._output if delivery.dense is not None else self._active
-        table[first : first + steps] = array("Q", step_pointers(grad, steps))
+        self._point(self._output if delivery.dense is not None else self._active, first, steps, grad)
         return True
 
     def _unpack(self, delivery: Delivery, dense: dict[int, torch.Tensor], at_active: dict[int, torch.Tensor]) -> None:
@@ -183,18 +176,19 @@ class Incoming:
         return self._copies[key]
 
     def _set(self, table: Table[int], index: int, grad: torch.Tensor) -> None:
-        grad = self._contiguous(grad)
         block, first = self._tape.blocks[index], self._tape.recorded.firsts[index]
-        if block.steps == 1:
+        self._point(table, first, block.steps, self._contiguous(grad))
+
+    def _point(self, table: Table[int], first: int, steps: int, grad: torch.Tensor) -> None:
+        """Lets so many steps point to their parts of a contiguous gradient."""
+        if steps == 1:
             table[first] = _address(grad)
-            return
-        if table is not self._active or grad.dim() > 1:
-            table[first : first + block.steps] = array("Q", step_pointers(grad, block.steps))
-            return
-        offset = 0
-        for step, active in enumerate(self._tape.recorded.active_counts[first : first + block.steps]):
-            table[first + step] = _address(grad) + offset * grad.element_size()
-            offset += active
+        elif table is self._active and grad.dim() == 1:  # active sites only, as many as each step has
+            places = accumulate(self._tape.recorded.active_counts[first : first + steps - 1], initial=0)
+            start, size = _address(grad), grad.element_size()
+            table[first : first + steps] = array("Q", [start + place * size for place in places])
+        else:
+            table[first : first + steps] = array("Q", step_pointers(grad, steps))
 
     def _set_state(self, state: int, index: int, grad: torch.Tensor) -> None:
         block, first = self._tape.blocks[index], self._tape.recorded.firsts[index]

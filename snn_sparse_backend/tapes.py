@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -88,6 +88,35 @@ class Tape:
         """Called by the node once backward is done and the graph is not retained."""
         self.released = True
         self.inbox = []
+
+
+OtherTape = TypeVar("OtherTape", bound=Tape)
+
+
+class Links(Generic[OtherTape]):
+    """Which step or block of another tape belongs to each one of this tape, as long as it is always the same tape.
+
+    Attributes:
+        indices: of the other tape.
+    """
+
+    def __init__(self) -> None:
+        self.indices: list[int] = []
+        self._other: weakref.ref[OtherTape] | None = None
+        self._added = 0
+
+    def add(self, link: tuple[weakref.ref[OtherTape], int] | None) -> None:
+        """The next one's; None if no tape has it."""
+        first, self._added = not self._added, self._added + 1
+        if link is not None and (first or (self._other is not None and link[0]() is self._other())):
+            self._other = link[0]
+            self.indices.append(link[1])
+        else:
+            self._other = None
+
+    def tape(self) -> OtherTape | None:
+        """The other tape, if it is one and still there."""
+        return self._other() if self._other is not None else None
 
 
 class Tag:

@@ -96,6 +96,21 @@ def test_a_net_that_is_moved(learn_beta: bool) -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS)
+def test_no_kernel_of_the_cpu_runs(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sentinel: ``counts`` tells fused from host, but not which library served."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} of the CPU was called")
+
+    monkeypatch.setattr(native, "_cpu_function", refuse)
+    net, xs = make()
+    with sparse.enabled("snntorch", **options):
+        for _ in range(2):
+            gradients(net, lambda: net(xs))
+    assert sparse.counts["host_steps"] == 0 and sparse.counts["neuron_steps"] > 0
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_every_run_gives_the_same_bits(options: dict[str, Any]) -> None:
     net, xs = make()
     with sparse.enabled("snntorch", **options):
