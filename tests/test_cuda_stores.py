@@ -161,6 +161,18 @@ def test_densities_are_those_of_the_last_report() -> None:
     assert densities._watched == []
 
 
+def test_a_counter_is_watched_once() -> None:
+    """However many launches of a sequence are outstanding, there is room to watch the next one."""
+    densities, busy, other = Densities(), Counter(CPU), Counter(CPU)
+    for _ in range(20):
+        busy.launch(10)
+        densities.watch(busy)
+    report = other.launch(20)
+    densities.watch(other)
+    pack(5, report)
+    assert densities.look().spikes == 0.25
+
+
 # ---- arenas ----------------------------------------------------------------------------------------------------------
 
 
