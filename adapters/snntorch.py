@@ -20,6 +20,7 @@ from torch import nn
 from ..compat.snntorch import constants, emits, surrogate_of
 from ..config import Options, config
 from ..dynamics import leaky
+from ..lanes import steps as lane_steps
 from ..native import DTYPES
 from ..neuron_tape import run_neuron
 from ..recorder import Plan
@@ -51,6 +52,10 @@ def leaky_forward(self: Any, input_: torch.Tensor, mem: torch.Tensor | None = No
     if options is None or not torch.is_grad_enabled() or (self.init_hidden and mem is not None):
         return host_forward(self, input_, mem)
     state = self._buffers.get("mem") if mem is None else mem
+    done = lane_steps.neuron(self, options, input_, state)
+    if done is not None:
+        self._buffers["mem"] = done[1]
+        return done if self.output or not self.init_hidden else done[0]
     if type(state) is not torch.Tensor:  # the host raises its own error
         return host_forward(self, input_, mem)
     plan, problem = None, _problem(self, input_, state)
@@ -65,6 +70,7 @@ def leaky_forward(self: Any, input_: torch.Tensor, mem: torch.Tensor | None = No
     if not (input_.requires_grad or state.requires_grad or any(p.requires_grad for p in plan.parameters)):
         return host_forward(self, input_, mem)
     synapses.learn_source(input_, self, options_of)
+    lane_steps.prepare()
     result = run_neuron(plan, input_, [state])
     spk, new = result.output, result.finals[0]
     if not options.fuse_steps and not plan.dynamics.late_reset:
@@ -175,13 +181,30 @@ def _make_plan(module: Any, options: Options, tensors: list[torch.Tensor]) -> Pl
         derive=lambda: (beta.clamp(0, 1), threshold, factor),
         unit_spikes=not factor.requires_grad and bool((values_of(factor) == 1).all()),
         densities=densities_of(module),
+        module=weakref.ref(module),
+        guard=_guard(module, tensors),
+    )
+
+
+def _guard(module: Any, tensors: list[torch.Tensor]) -> tuple[tuple[Any, ...], ...]:
+    """What :func:`_plan_of` has in its key, but for options and input."""
+    own = module.__dict__
+    names = ("beta", "threshold", "graded_spikes_factor", "reset_mechanism_val")
+    held = zip(names, [*tensors, module.reset_mechanism_val], strict=True)
+    closure = getattr(module.spike_grad, "__closure__", None) or ()
+    return (
+        *(("parameter", name, tensor) for name, tensor in held),
+        *(("attribute", name, own.get(name)) for name in ("spike_grad", "reset_delay", "inhibition", "state_quant")),
+        *(("cell", cell, cell.cell_contents) for cell in closure),
+        ("method", "state_function", module.state_function.__func__),
     )
 
 
 def _firing(plan: Plan) -> Plan:
     """Spikes as a function of the membrane alone: a neuron without a past, whose input it is."""
     _, threshold, factor = plan.parameters
-    return replace(plan, dynamics=leaky("none", False), derive=lambda: (torch.zeros(()), threshold, factor))
+    return replace(plan, dynamics=leaky("none", False), derive=lambda: (torch.zeros(()), threshold, factor),
+                   module=None)
 
 
 # ---------------------------------------------------------------------------------------------------- switching

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..config import Options, config
+from ..lanes import steps as lane_steps
 from ..native import DTYPES
 from ..neuron_tape import NeuronTape
 from ..synapse_tape import run_synapse
@@ -26,6 +27,9 @@ def linear_forward(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
     """Replaces ``nn.Linear.forward`` while a library is enabled; input ``[..., in_features]``."""
     if torch.compiler.is_compiling() or config.suspended:
         return host_forward(self, input)
+    current = lane_steps.synapse(self, input)
+    if current is not None:
+        return current
     tag = tag_of(input) if type(input) is torch.Tensor else None
     owner = tag.tape() if tag is not None else None
     options = owner.plan.options if isinstance(owner, NeuronTape) else _options_of(self)
@@ -36,7 +40,8 @@ def linear_forward(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
         return output
     if not _eligible(self, input):
         return host_forward(self, input)
-    return run_synapse(self, options, lambda: host_forward(self, input), input, tag)
+    lane_steps.prepare()
+    return run_synapse(self, options, lambda: host_forward(self, input), input, tag, _feeding.get(self))
 
 
 def _eligible(module: nn.Linear, x: torch.Tensor) -> bool:

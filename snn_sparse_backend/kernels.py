@@ -143,11 +143,17 @@ def columns(raster: Raster, *, ranks: bool = False, factors: torch.Tensor | None
 # ---------------------------------------------------------------------------------------------------- synapses
 
 
-def pack_weights(weight: torch.Tensor) -> torch.Tensor:
-    """Weight ``[outputs, inputs]`` as tiles ``[ceil(outputs / 64), inputs, 64]``, padded with zeros."""
+def pack_weights(weight: torch.Tensor, tiles: torch.Tensor | None = None) -> torch.Tensor:
+    """Weight ``[outputs, inputs]`` as tiles ``[ceil(outputs / 64), inputs, 64]``, padded with zeros.
+
+    Args:
+        tiles: memory to use, if it fits.
+    """
     outputs, inputs = weight.shape
     weight = weight.contiguous()
-    tiles = torch.empty(((outputs + TILE - 1) // TILE, inputs, TILE), dtype=weight.dtype, device=weight.device)
+    shape = ((outputs + TILE - 1) // TILE, inputs, TILE)
+    if tiles is None or tiles.shape != shape or tiles.dtype is not weight.dtype or tiles.device != weight.device:
+        tiles = torch.empty(shape, dtype=weight.dtype, device=weight.device)
     call("pack_weights", "SnnPackWeights", weight.device, weight=weight, outputs=outputs, inputs=inputs, tiles=tiles,
          dtype=DTYPES[weight.dtype], threads=threads_for(weight.numel()))
     return tiles
@@ -159,11 +165,12 @@ class SynapseForward:
     Args:
         weight: ``[outputs, inputs]``, detached.
         bias: ``[outputs]`` or None, detached.
+        tiles: memory for the packed weights, if it fits.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, tiles: torch.Tensor | None = None) -> None:
         self.outputs, self.inputs = weight.shape
-        self.tiles = pack_weights(weight)
+        self.tiles = pack_weights(weight, tiles)
         self.bias = bias.contiguous() if bias is not None else None
         self._arguments = STRUCTS["SnnSynapseForward"](
             inputs=self.inputs, outputs=self.outputs, tiles=self.tiles.data_ptr(), dtype=DTYPES[weight.dtype],

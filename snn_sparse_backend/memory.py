@@ -7,7 +7,8 @@
     saved_bytes([loss, *made], exclude=[x])      # the sparse backend
     host_saved_bytes(lambda: criterion(net(x), labels), exclude=[x])  # plain autograd
 
-Each storage counts once and whole. Parameters never count, and neither does what ``exclude`` names.
+Each storage counts once and whole. Parameters never count, and neither does what ``exclude`` names. Packed weights are
+working memory of their modules, not of a graph: see :func:`workspace_bytes`.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from .build import load_node
+from .kernels import SynapseForward
+from .lanes import Chain
 from .neuron_tape import NeuronTape
 from .recorder import Plan
 from .reports import Slots
-from .synapse_tape import SynapseTape
+from .synapse_tape import SynapseTape, tiles_of
 from .tapes import Tape
 
 _PACKAGE = __name__.partition(".")[0]
@@ -94,6 +97,7 @@ def saved_by_kind(outputs: Iterable[Tensor], exclude: Iterable[Tensor] = ()) -> 
     tally = _Tally(exclude)
     tapes, functions = _walk(outputs)
     for tape in tapes:
+        tape.absorb()
         for path, tensor in _held(tape, type(tape).__name__, set()):
             tally.add(path, tensor)
     for function in functions:
@@ -107,6 +111,11 @@ def saved_by_kind(outputs: Iterable[Tensor], exclude: Iterable[Tensor] = ()) -> 
 def tapes_of(outputs: Iterable[Tensor]) -> list[Tape]:
     """All tapes of the graph behind ``outputs``, which are as in :func:`saved_by_kind`."""
     return _walk(outputs)[0]
+
+
+def workspace_bytes(model: nn.Module) -> int:
+    """Bytes of packed weights that the synapses of a model hold on to between their sequences."""
+    return sum(tiles.nbytes for module in model.modules() if (tiles := tiles_of(module)) is not None)
 
 
 def host_saved_bytes(forward: Callable[[], Any], exclude: Iterable[Tensor] = ()) -> int:
@@ -206,10 +215,12 @@ def _held(thing: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]
     if isinstance(thing, Tensor):
         yield path, thing
         return
-    if id(thing) in seen or isinstance(thing, (nn.Module, Plan, Slots)):
+    if id(thing) in seen or isinstance(thing, (nn.Module, Plan, Slots, SynapseForward)):
         return
     seen.add(id(thing))
-    if isinstance(thing, (list, tuple)):
+    if isinstance(thing, Chain):
+        yield from _held(thing.parts, path, seen)
+    elif isinstance(thing, (list, tuple)):
         for item in thing:
             yield from _held(item, path, seen)
     elif isinstance(thing, dict):
@@ -218,4 +229,4 @@ def _held(thing: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]
     elif type(thing).__module__.partition(".")[0] == _PACKAGE:
         names = [*getattr(thing, "__slots__", ()), *getattr(thing, "__dict__", ())]
         for name in names:
-            yield from _held(getattr(thing, name, None), f"{path}.{name}", seen)
+            yield from _held(getattr(thing, name, None), f"{path}.{name.lstrip('_')}", seen)

@@ -66,6 +66,11 @@ def kernel(name: str, device: torch.device) -> Kernel:
     return lambda address: function(address, index, current_stream(device))
 
 
+def address_of(name: str) -> int:
+    """Address of a kernel of the CPU, for callers in C++."""
+    return ctypes.cast(_cpu_function(name), ctypes.c_void_p).value or 0
+
+
 def call(name: str, struct: str, device: torch.device, **fields: Any) -> int:
     """Fills a struct (tensors by their addresses, structs as they are) and calls a kernel with it."""
     arguments = STRUCTS[struct](**{k: v.data_ptr() if isinstance(v, torch.Tensor) else v for k, v in fields.items()})

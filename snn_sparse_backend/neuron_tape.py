@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -12,7 +13,8 @@ from .build import load_node
 from .compat.cuda import current_stream
 from .config import Options
 from .counters import counts
-from .native import event_parallel
+from .lanes import ROLES, Chain, NeuronRun, take
+from .native import address_of, event_parallel
 from .raster import Raster
 from .recorder import Block, Plan, Recorder, Result
 from .scans import Layer, neuron_backward
@@ -46,12 +48,14 @@ class NeuronTape(Tape):
         self.state_in = self.recorder.full(states) if learned else []
         # The gradient of the graded spikes factor needs the gradient of every spike, active or not.
         self.needs_all_spike_gradients = "graded_spikes_factor" in {plan.dynamics.parameters[i] for i in learned}
-        self.blocks: list[Block] = []
+        self._blocks: Chain[Block] = Chain()
         self.recorded = Recorded()
         self.feeder: Links[SynapseTape] = Links()  # the synapse whose steps made the inputs
         self.outputs: list[tuple[int, int]] = []  # per node output: (0 = output or 1 + state, block)
         self.synapses: dict[int, weakref.ref[SynapseTape]] = {}  # fed by these spikes, by id of their module
         self.last: list[tuple[weakref.ref[torch.Tensor], int, bool]] = []
+        self.roles: list[tuple[int, str]] = []  # kind as in `outputs`, and role, of each output of the last block
+        self.lane_follows = False  # the lane knows the last step
 
     def continues(self, plan: Plan, shape: torch.Size, dtype: torch.dtype, device: torch.device,
                   states: Sequence[torch.Tensor]) -> bool:
@@ -62,6 +66,8 @@ class NeuronTape(Tape):
             return False
         if self.stream is not None and self.stream != current_stream(device):
             return False
+        if self.lane_follows:
+            return bool(load_node().is_last(self.handle, states))
         for state, (last, version, attached) in zip(states, self.last, strict=True):
             if last() is not state or state._version != version or state.requires_grad != attached:
                 return False
@@ -71,7 +77,7 @@ class NeuronTape(Tape):
 
     def commit(self, result: Result, x: torch.Tensor, states: Sequence[torch.Tensor]) -> bool:
         """Makes the result part of the graph; False if the order of the graph forbids it (nothing changed then)."""
-        node, plan, index = load_node(), self.plan, len(self.blocks)
+        node, plan, index = load_node(), self.plan, len(self._blocks)
         attached = [True, *(s.requires_grad or x.requires_grad or self.parameters[1].requires_grad
                             for s in states[1:])]
         finals = [(1 + i, s) for i, s in enumerate(result.finals) if attached[i]]
@@ -96,17 +102,62 @@ class NeuronTape(Tape):
             counts["neuron_nodes"] += 1
         elif not node.extend(self.handle, [x], *tensors):
             return False
-        self.blocks.append(result.block)
+        self._blocks.append(result.block)
         self.recorded.add(result)
         self.feeder.add(result.block.source)
-        self.outputs += [(kind, index) for kind, _ in plain + states_inside + finals]
+        self.roles = [(kind, role) for role, group in zip(ROLES, (plain, states_inside, finals), strict=True)
+                      for kind, _ in group]
+        self.outputs += [(kind, index) for kind, _ in self.roles]
+        self.lane_follows = False
         self.last = [(weakref.ref(t), t._version, t.requires_grad) for t in result.finals]
         if result.block.raster is not None and plan.unit_spikes:
             setattr(result.output, TAG, SpikeTag(result.block.raster, self, index, result.output._version))
         return True
 
+    @property
+    def blocks(self) -> Chain[Block]:
+        """What was recorded call by call, also by the lane."""
+        self.absorb()
+        return self._blocks
+
+    # ------------------------------------------------------------------------------------------------ lane
+
+    def arm(self, x: torch.Tensor, result: Result) -> None:
+        """Leaves the further steps of a loop to a lane, if they may be like the one just recorded."""
+        plan, layer, recorder = self.plan, self.layer, self.recorder
+        attached = all(state.requires_grad for state in result.finals)
+        if not plan.lane_serves(layer.device) or result.block.shape != layer.shape or not attached:
+            return
+        recorder.store.close()
+        dynamics = plan.dynamics
+        source = result.block.source[0]() if result.block.source is not None else None
+        load_node().arm_neuron(self.handle, {
+            "module": plan.module, "options": plan.options, "guard": plan.guard, "counts": counts,
+            "kernel": address_of("neuron_forward"), "arguments": ctypes.addressof(recorder.store.scan.arguments),
+            "shape": layer.shape, "double": layer.dtype is torch.float64, "states": len(dynamics.states),
+            "spikes": dynamics.spikes, "late_reset": dynamics.late_reset, "keep_active": recorder.keep_active,
+            "keep_membrane": recorder.keep_membrane, "keep_current": recorder.keep_current,
+            "unit_spikes": plan.unit_spikes, "outputs": [4 * kind + ROLES[role] for kind, role in self.roles],
+            "input_attached": x.requires_grad, "dense": recorder.store.dense, "next_block": len(self.blocks),
+            "fed": x if source is not None and source.has_lane else None,
+        })
+        self.has_lane = self.lane_follows = True
+
+    def absorb(self) -> None:
+        taken = take(self.handle) if self.has_lane else None
+        if taken is None:
+            return
+        first, run = len(self._blocks), NeuronRun(taken, self.layer.shape, self.layer.rows, self.layer.cols)
+        self._blocks.extend(run)
+        self.recorded.add_run(run)
+        self.feeder.extend(run.sources)
+        kinds = [kind for kind, _ in self.roles]
+        self.outputs += [(kind, index) for index in range(first, first + run.steps) for kind in kinds]
+        self.recorder.store.dense = taken["dense"]
+
     def active_set(self, blocks: Sequence[int], options: Options) -> Raster | None:
         """The active sites of some blocks, if gradients are wanted only there and the sites are few."""
+        self.absorb()
         stack = self.recorded.active
         if self.needs_all_spike_gradients or stack is None:
             return None
@@ -126,6 +177,7 @@ class NeuronTape(Tape):
     # ------------------------------------------------------------------------------------------------ backward
 
     def __call__(self, grads: Sequence[torch.Tensor | None], needs: Sequence[bool]) -> list[torch.Tensor | None]:
+        self.absorb()
         layer, dynamics = self.layer, self.plan.dynamics
         first_input = len(dynamics.states) + len(dynamics.parameters)
         result: list[torch.Tensor | None] = [None] * (first_input + len(self.blocks))
@@ -170,14 +222,15 @@ class NeuronTape(Tape):
             synapse.deliver(Delivery(task, self.feeder.indices[:reached], dense=grad))
             return
         first, rows = 0, self.layer.rows
-        for i, block in enumerate(self.blocks[:reached]):
+        for i in range(reached):
+            block = self.blocks[i]
             if needs[i]:
                 result[first_input + i] = part(grad, first, block.steps * rows, block.shape)
             first += block.steps * rows
 
     def release(self) -> None:
         super().release()
-        self.blocks, self.recorded, self.state_in = [], Recorded(), []
+        self._blocks, self.recorded, self.state_in = Chain(), Recorded(), []
         del self.recorder  # and its arena
 
 
@@ -196,10 +249,13 @@ def run_neuron(plan: Plan, x: torch.Tensor, states: Sequence[torch.Tensor], step
     dtype = computing_dtype(x, states)
     tape = load_node().tape_of(states[0])
     result = None
+    if isinstance(tape, NeuronTape):
+        tape.absorb()
     if isinstance(tape, NeuronTape) and tape.continues(plan, shape, dtype, x.device, states):
         result = tape.recorder.run(x, states, steps, record, first=False)
         result.block.source = claim_current(x, tape)
         if tape.commit(result, x, states):
+            tape.arm(x, result)
             return result
     tape = NeuronTape(plan, shape, dtype, x.device, states)
     if result is None:
@@ -208,6 +264,7 @@ def run_neuron(plan: Plan, x: torch.Tensor, states: Sequence[torch.Tensor], step
         result.begin_with(tape.recorder.resets(states[0]))
     result.block.source = claim_current(x, tape)
     tape.commit(result, x, states)
+    tape.arm(x, result)
     return result
 
 

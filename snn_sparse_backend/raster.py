@@ -101,15 +101,16 @@ class RasterArena:
 
     Args:
         rows, cols: size of one step.
+        first_steps: how many to begin with, where single steps are taken.
     """
 
     FIRST_STEPS, MOST_STEPS = 8, 32
 
-    def __init__(self, rows: int, cols: int, device: torch.device) -> None:
+    def __init__(self, rows: int, cols: int, device: torch.device, first_steps: int = FIRST_STEPS) -> None:
         self._rows, self._cols, self._device = rows, cols, device
         self._storage = torch.empty((0, words_of(cols)), dtype=torch.int64, device=device)
         self._address = self._used = self._room = 0
-        self._next, self.stride = self.FIRST_STEPS, 8 * rows * words_of(cols)  # stride: bytes of one step
+        self._next, self.stride = first_steps, 8 * rows * words_of(cols)  # stride: bytes of one step
 
     def take(self, steps: int) -> tuple[Raster, int]:
         """A raster of so many steps, and its address."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -39,6 +39,9 @@ class Plan:
         differentiable_output: False if the output carries no gradient (a Heaviside without surrogate).
         unit_spikes: spikes are exactly 0 and 1, so that a synapse may use their raster.
         densities: of the module, which may have other plans as well.
+        module: the module; None if its steps always go the long way.
+        guard: what a lane has to see unchanged about the module, see ``Guard`` in ``csrc/torch/lanes.h``; options,
+            input and states aside.
     """
 
     dynamics: Dynamics
@@ -49,6 +52,12 @@ class Plan:
     differentiable_output: bool = True
     unit_spikes: bool = True
     densities: Densities = field(default_factory=Densities)
+    module: weakref.ref[Any] | None = None
+    guard: tuple[tuple[Any, ...], ...] = ()
+
+    def lane_serves(self, device: torch.device) -> bool:
+        """Whether a per-step loop may leave further steps to a lane."""
+        return self.module is not None and self.options.fuse_steps and not event_parallel(device)
 
 
 @dataclass(slots=True)
@@ -108,14 +117,17 @@ class Recorder:
 
     def __init__(self, plan: Plan, layer: Layer, learned: set[int]) -> None:
         self.dynamics, self.layer = plan.dynamics, layer
-        self._store = store_for(layer, plan.densities)
+        self.store = store_for(layer, plan.densities)
         differentiable = plan.dynamics.spikes and plan.surrogate.kind != "ZeroDerivative"
-        self._keep_active = differentiable and plan.surrogate.bounded
+        self.keep_active = differentiable and plan.surrogate.bounded
         learns = bool(learned & set(plan.dynamics.needs_membrane))
-        self._keep_membrane = learns or (differentiable and not self._keep_active)
-        self._keep_current = bool(learned & set(plan.dynamics.needs_current))
-        self._rasters, self._active, self._resets = (RasterArena(layer.rows, layer.cols, layer.device)
-                                                     for _ in range(3))
+        self.keep_membrane = learns or (differentiable and not self.keep_active)
+        self.keep_current = bool(learned & set(plan.dynamics.needs_current))
+        # A lane takes over after the first step, with memory of its own.
+        first_steps = 1 if plan.lane_serves(layer.device) else RasterArena.FIRST_STEPS
+        self._rasters, self._active, self._resets = (
+            RasterArena(layer.rows, layer.cols, layer.device, first_steps) for _ in range(3)
+        )
         self._offsets = RasterArena(1, WORD * layer.blocks, layer.device) if event_parallel(layer.device) else None
 
     def run(self, x: torch.Tensor, states: Sequence[torch.Tensor], steps: int | None, record: bool,
@@ -139,15 +151,15 @@ class Recorder:
         raster = active = reset = offsets = 0
         if dynamics.spikes:
             block.raster, raster = self._rasters.take(count)
-            if self._keep_active:
+            if self.keep_active:
                 block.active, active = self._active.take(count)
             if dynamics.late_reset:
                 block.reset, reset = self._resets.take(count)
-        if self._keep_membrane or (block.active is not None and self._store.dense):
+        if self.keep_membrane or (block.active is not None and self.store.dense):
             block.membrane = torch.empty_like(data)
         elif block.active is not None and self._offsets is not None:
             block.offsets, offsets = self._offsets.take(count)
-        if self._keep_current:
+        if self.keep_current:
             block.current = torch.empty_like(data)
         # In the order of ForwardScan.TABLES.
         starts = [data.data_ptr(), output.data_ptr() if output is not finals[0] else 0, raster, reset, active,
@@ -163,7 +175,7 @@ class Recorder:
         if first and dynamics.reset_is_recorded and not dynamics.late_reset:
             block.reset = layer.raster()  # of the first step only: afterwards, who fired is reset
             pointers[_RESET * count] = block.reset.address
-        self._store.run(block, pointers, [s.data_ptr() for s in before], [s.data_ptr() for s in finals])
+        self.store.run(block, pointers, [s.data_ptr() for s in before], [s.data_ptr() for s in finals])
         counts["neuron_steps"] += count
         return Result(block, output, finals, recorded, pointers)
 

@@ -119,10 +119,13 @@ class ForwardScan:
         self._address, self._kernel = ctypes.addressof(self.arguments), kernel("neuron_forward", layer.device)
         self._states = len(layer.dynamics.states)
         self._state_in, self._state_out = self.arguments.state_in, self.arguments.state_out
-        if not event_parallel(layer.device):
-            self._scratch = torch.empty(layer.rows * layer.words * TILE, dtype=layer.dtype, device=layer.device)
-            self.arguments.scratch = self._scratch.data_ptr()
+        self._scratch: torch.Tensor | None = None
+        self._needs_scratch = not event_parallel(layer.device)
         self.steps = 0
+
+    def drop_scratch(self) -> None:
+        """Frees the working memory until it is needed again."""
+        self._scratch = None
 
     def _resize(self, steps: int) -> None:
         """Makes pointer tables for so many steps, all in one array: table after table."""
@@ -159,6 +162,10 @@ class ForwardScan:
             self._point(first)
         elif first != self._first:
             self._point(first)
+        if self._needs_scratch and self._scratch is None:
+            layer = self._layer
+            self._scratch = torch.empty(layer.rows * layer.words * TILE, dtype=layer.dtype, device=layer.device)
+            self.arguments.scratch = self._scratch.data_ptr()
         self.pointers[:] = pointers
         count = self._states
         self._state_in[:count], self._state_out[:count] = state_in, state_out

@@ -25,7 +25,7 @@ class HostStore:
     """On the CPU: arenas that are filled one step behind the other; the kernel says how much each step took."""
 
     def __init__(self, layer: Layer, densities: Densities) -> None:
-        self._layer, self._scan = layer, ForwardScan(layer)
+        self._layer, self.scan = layer, ForwardScan(layer)
         self._need = layer.rows * layer.words * TILE
         self._arena: torch.Tensor | None = None
         self._used = 0
@@ -38,22 +38,29 @@ class HostStore:
         else:
             self._run_all(block, pointers, state_in, state_out)
         if block.raster is not None:
-            block.raster.ones = sum(self._scan.spike_counts)
+            block.raster.ones = sum(self.scan.spike_counts)
         if block.active is not None:
             block.active.ones = active = sum(block.active_counts)
             self.dense |= active > STORE_DENSE_ABOVE * self._layer.sites * block.steps
 
+    def close(self) -> None:
+        """Gives back what only the worst case of a further step would need."""
+        if self._arena is not None:
+            self._arena.untyped_storage().resize_(self._used * self._layer.dtype.itemsize)
+        self._arena, self._used = None, 0
+        self.scan.drop_scratch()
+
     def _run_one(self, block: Block, pointers: list[int], state_in: list[int], state_out: list[int]) -> None:
         if block.active is None or block.membrane is not None:
-            self._scan.run(1, pointers, state_in, state_out)
+            self.scan.run(1, pointers, state_in, state_out)
         else:
             arena, used = self._room()
             place = used * self._layer.dtype.itemsize
-            self._scan.run(1, pointers, state_in, state_out, arena.data_ptr() + place, arena.numel() - used)
-            self._used = used + self._scan.active_counts[0]
+            self.scan.run(1, pointers, state_in, state_out, arena.data_ptr() + place, arena.numel() - used)
+            self._used = used + self.scan.active_counts[0]
             block.values = ((arena, (place,)),)
         if block.active is not None:
-            block.active_counts = (self._scan.active_counts[0],)
+            block.active_counts = (self.scan.active_counts[0],)
 
     def _run_all(self, block: Block, pointers: list[int], state_in: list[int], state_out: list[int]) -> None:
         done, compress = 0, block.active is not None and block.membrane is None
@@ -62,12 +69,12 @@ class HostStore:
         while done < block.steps:
             if compress:
                 arena, used = self._room()
-                ran = self._scan.run(block.steps, pointers, state_in, state_out,
+                ran = self.scan.run(block.steps, pointers, state_in, state_out,
                                      arena.data_ptr() + used * arena.element_size(), arena.numel() - used, done)
             else:
-                ran = self._scan.run(block.steps, pointers, state_in, state_out, first=done)
+                ran = self.scan.run(block.steps, pointers, state_in, state_out, first=done)
             if block.active is not None:
-                found = self._scan.active_counts[done : done + ran]
+                found = self.scan.active_counts[done : done + ran]
                 counts += found
                 if compress:
                     places = list(accumulate(found, initial=self._used))
@@ -80,9 +87,8 @@ class HostStore:
     def _room(self) -> tuple[torch.Tensor, int]:
         """An arena with room for the compressed membranes of at least one more step, and how much of it is used."""
         if self._arena is None or self._arena.numel() - self._used < self._need:
-            if self._arena is not None:  # full: give back the room that was only there for the worst case
-                self._arena.untyped_storage().resize_(self._used * self._layer.dtype.itemsize)
-            self._used = 0
+            if self._arena is not None:
+                self.close()
             self._arena = torch.empty(2 * self._need, dtype=self._layer.dtype, device=self._layer.device)
         return self._arena, self._used
 

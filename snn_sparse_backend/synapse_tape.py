@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
+from array import array
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,9 +14,11 @@ from . import kernels
 from .build import load_node
 from .config import Options
 from .counters import counts
-from .native import event_parallel
+from .lanes import Chain, take
+from .native import address_of, event_parallel, threads_for
 from .raster import Raster, RasterStack
 from .reports import Counter, densities_of
+from .synapse_steps import Entry, Step, SynapseRun, check_version
 from .tapes import TOPOLOGICAL_SLACK, Delivery, Links, SpikeTag, Tape, part
 
 if TYPE_CHECKING:
@@ -24,49 +26,11 @@ if TYPE_CHECKING:
 
 # CUDA: of the inputs that are multiplied densely, one row in so many is looked at, to know their density next time.
 SAMPLED_ROWS = 16
+Feeds = tuple[weakref.ref[nn.Module], Callable[[Any], Options | None]]
+# Packed weights: working memory that each sequence of a module fills anew, from the weights as they are then.
+_tiles: weakref.WeakKeyDictionary[nn.Module, torch.Tensor] = weakref.WeakKeyDictionary()
 # The open tape of a synapse whose input carries no raster, so that no neuron sequence owns it yet.
 _unowned: weakref.WeakKeyDictionary[nn.Module, weakref.ref[SynapseTape]] = weakref.WeakKeyDictionary()
-
-
-@dataclass(eq=False)
-class Entry:
-    """The input of one step: its raster, or the tensor itself where it is not binary."""
-
-    raster: Raster | None
-    dense: torch.Tensor | None  # [rows, inputs], a detached alias
-    version: int
-    key: tuple[int, int]  # identity and version of the tensor object, to see that it is the same at every step
-
-    def values(self, dtype: torch.dtype) -> torch.Tensor:
-        """The input as a matrix ``[rows, inputs]``.
-
-        Raises:
-            RuntimeError: if the tensor was changed in place meanwhile, as autograd does.
-        """
-        if self.raster is not None:
-            return kernels.unpack(self.raster, dtype)
-        assert self.dense is not None
-        _check_version(self.dense, self.version)
-        return self.dense
-
-
-@dataclass(eq=False)
-class Step:
-    """One call of the synapse."""
-
-    entry: Entry
-    input: torch.Tensor | None  # as autograd knows it, where a gradient flows to it and the step may have to move
-    shape: torch.Size  # of the input
-    rows: int
-    spikes: tuple[weakref.ref[NeuronTape], int] | None  # the neuron block whose untouched output the input is
-
-
-def _check_version(tensor: torch.Tensor, version: int) -> None:
-    if tensor._version != version:
-        raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace operation: "
-            f"a tensor of shape {list(tensor.shape)} is at version {tensor._version}, expected version {version}"
-        )
 
 
 class SynapseTape(Tape):
@@ -83,10 +47,12 @@ class SynapseTape(Tape):
         self.module, self.options = weakref.ref(module), options
         self.owner = weakref.ref(owner) if owner is not None else None
         self.sink: weakref.ref[NeuronTape] | None = None  # the neuron sequence that consumes the currents
-        self.claimed = -1  # the last step whose current a neuron consumed
+        self._claimed = -1
         self.weight, self.bias = module.weight, module.bias
         self.versions = self._versions()
-        self.steps: list[Step] = []
+        self._steps: Chain[Step] = Chain()
+        self.rows: array[int] = array("q")  # of each step
+        self.entries: array[int] = array("q")  # of each step the number of its entry: the same for the same input
         self.rasters: RasterStack | None = RasterStack()  # of all inputs, as long as all have one
         self.before: Links[NeuronTape] = Links()  # the neuron whose blocks the inputs are
         self.latest: torch.Tensor | None = None  # input of the last step
@@ -96,6 +62,23 @@ class SynapseTape(Tape):
 
     def _versions(self) -> tuple[int, int]:
         return self.weight._version, self.bias._version if self.bias is not None else 0
+
+    @property
+    def steps(self) -> Chain[Step]:
+        """What was recorded call by call, also by the lane."""
+        self.absorb()
+        return self._steps
+
+    @property
+    def claimed(self) -> int:
+        """The last step whose current a neuron consumed, -1 if none."""
+        return load_node().claimed(self.handle) if self.has_lane else self._claimed
+
+    @claimed.setter
+    def claimed(self, step: int) -> None:
+        if self.has_lane:
+            load_node().claimed(self.handle, step)
+        self._claimed = step
 
     def continues(self, module: nn.Linear, options: Options) -> bool:
         """Whether the next call of this module may be recorded here.
@@ -176,7 +159,11 @@ class SynapseTape(Tape):
         """The event-driven product with the weights of this sequence, packed once."""
         if self.product is None:
             bias = self.bias.detach() if self.bias is not None else None
-            self.product = kernels.SynapseForward(self.weight.detach(), bias)
+            module = self.module()
+            tiles = tiles_of(module) if module is not None else None
+            self.product = kernels.SynapseForward(self.weight.detach(), bias, tiles)
+            if module is not None:
+                _tiles[module] = self.product.tiles
         return self.product
 
     def attach(self, x: torch.Tensor | None, current: torch.Tensor, step: Step) -> bool:
@@ -189,13 +176,68 @@ class SynapseTape(Tape):
             counts["synapse_nodes"] += 1
         elif not node.extend(self.handle, [x], [current]):
             return False
-        self.steps.append(step)
+        self.entries.append(self._number(step))
+        self.rows.append(step.rows)
+        self._steps.append(step)
         if step.entry.raster is None:
             self.rasters = None
         elif self.rasters is not None:
             self.rasters.add(step.entry.raster)
         self.before.add(step.spikes)
         return True
+
+    def _number(self, step: Step) -> int:
+        if not self.entries:
+            return 0
+        return self.entries[-1] + (self.steps[-1].entry is not step.entry)
+
+    # ------------------------------------------------------------------------------------------------ lane
+
+    def arm(self, x: torch.Tensor, step: Step, feeds: Feeds | None) -> None:
+        """Leaves the further steps of a loop to a lane, if they may be like the one just recorded.
+
+        Args:
+            feeds: the neuron that it feeds, and how to ask for the options in force for that; needed without owner.
+        """
+        owner = self.owner() if self.owner is not None else None
+        owned, options, weight = self.owner is not None, self.options, self.weight
+        if event_parallel(x.device) or not options.fuse_steps or x.dim() != 2 or (not owned and feeds is None):
+            return
+        if owned and (owner is None or not owner.has_lane):
+            return
+        entry, events = step.entry, options.forward == "sparse" and self.product is not None
+        load_node().arm_synapse(self.handle, {
+            "module": self.module, "options": options, "counts": counts, "owned": owned,
+            "owner": owner.handle if owner is not None else None,
+            "neuron": feeds[0] if feeds is not None else None, "options_of": feeds[1] if feeds is not None else None,
+            "forward_kernel": address_of("synapse_forward"), "pack_kernel": address_of("raster_pack"),
+            "weight": weight, "bias": self.bias, "rows": step.rows, "threads": threads_for(step.rows * weight.shape[0]),
+            "crossover": options.crossover_on(weight.device), "chunk_ends": (),
+            "tiles": self.sparse_product().tiles if events else None,
+            "direct": step.spikes is not None, "latest": None if owned else x,
+            "latest_raster": entry.raster.words if entry.raster is not None else None,
+            "latest_ones": kernels.count(entry.raster) if entry.raster is not None else 0,
+            "entry": self.entries[-1], "claimed": self.claimed, "steps": len(self.steps),
+        })
+        self.has_lane, self.latest, self.current = True, None, None
+
+    def absorb(self) -> None:
+        taken = take(self.handle) if self.has_lane else None
+        if taken is None:
+            return
+        before = self.before.reference if taken["direct"] else None
+        run = SynapseRun(taken, self.rows[-1], self.weight.shape[1], before,
+                         (self._steps[-1].entry, self.entries[-1]))
+        self.entries.extend(run.numbers)
+        self.rows.extend([self.rows[-1]] * run.steps)
+        self._steps.extend(run)
+        rasters = run.rasters()
+        if rasters is None:
+            self.rasters = None
+        elif self.rasters is not None:
+            for raster in rasters:
+                self.rasters.add(raster)
+        self.before.extend(run.blocks)
 
     def move(self, index: int, current: torch.Tensor) -> SynapseTape | None:
         """Moves the current of one step to a fresh tape; the old node keeps an output nobody uses."""
@@ -213,6 +255,7 @@ class SynapseTape(Tape):
     # ------------------------------------------------------------------------------------------------ backward
 
     def __call__(self, grads: Sequence[torch.Tensor | None], needs: Sequence[bool]) -> list[torch.Tensor | None]:
+        self.absorb()
         result: list[torch.Tensor | None] = [None] * (2 + len(self.steps))
         task = load_node().task_id()
         chosen, grad = self._total(grads, task)
@@ -231,8 +274,8 @@ class SynapseTape(Tape):
         outputs = self.weight.shape[0]
         if len(deliveries) == 1 and all(g is None for g in grads) and deliveries[0].dense is not None:
             blocks = deliveries[0].blocks
-            rows = sum(self.steps[i].rows for i in blocks)
             if len(set(blocks)) == len(blocks):
+                rows = sum(map(self.rows.__getitem__, blocks))
                 return blocks, deliveries[0].dense.view(-1, outputs)[:rows]
         found: dict[int, torch.Tensor] = {}
 
@@ -247,8 +290,8 @@ class SynapseTape(Tape):
             first = 0
             for index in delivery.blocks:
                 assert delivery.dense is not None
-                add(index, delivery.dense.view(-1, outputs)[first : first + self.steps[index].rows])
-                first += self.steps[index].rows
+                add(index, delivery.dense.view(-1, outputs)[first : first + self.rows[index]])
+                first += self.rows[index]
         chosen = sorted(found)
         return chosen, torch.cat([found[i] for i in chosen]).contiguous() if chosen else None
 
@@ -283,7 +326,7 @@ class SynapseTape(Tape):
 
     def _input_gradient(self, chosen: list[int], grad: torch.Tensor, needs: Sequence[bool],
                         result: list[torch.Tensor | None], task: int) -> None:
-        _check_version(self.weight, self.versions[0])
+        check_version(self.weight, self.versions[0])
         neuron, blocks = self._neuron_before(chosen, needs)
         if neuron is not None:
             active = neuron.active_set(blocks, self.options)
@@ -302,12 +345,12 @@ class SynapseTape(Tape):
         first = 0
         for i in chosen:
             if needs[2 + i]:
-                result[2 + i] = part(total, first, self.steps[i].rows, self.steps[i].shape)
-            first += self.steps[i].rows
+                result[2 + i] = part(total, first, self.rows[i], self.steps[i].shape)
+            first += self.rows[i]
 
     def _same_input(self, chosen: list[int]) -> bool:
         """Whether these steps, more than one, all received the very same tensor."""
-        return len(chosen) > 1 and all(self.steps[i].entry is self.steps[chosen[0]].entry for i in chosen)
+        return len(chosen) > 1 and all(self.entries[i] == self.entries[chosen[0]] for i in chosen)
 
     def _neuron_before(self, chosen: list[int], needs: Sequence[bool]) -> tuple[NeuronTape | None, list[int]]:
         """The neuron tape whose spikes all inputs are, if the gradients may go to it directly, and its blocks."""
@@ -322,10 +365,12 @@ class SynapseTape(Tape):
 
     def release(self) -> None:
         super().release()
-        self.steps, self.rasters, self.latest, self.current, self.product = [], None, None, None, None
+        self._steps, self.rows, self.entries, self.rasters = Chain(), array("q"), array("q"), None
+        self.latest = self.current = self.product = None
 
 
-def run_synapse(module: nn.Linear, options: Options, host: Any, x: torch.Tensor, tag: SpikeTag | None) -> torch.Tensor:
+def run_synapse(module: nn.Linear, options: Options, host: Any, x: torch.Tensor, tag: SpikeTag | None,
+                feeds: Feeds | None = None) -> torch.Tensor:
     """One call of a synapse, recorded on the tape of its sequence.
 
     Args:
@@ -334,12 +379,15 @@ def run_synapse(module: nn.Linear, options: Options, host: Any, x: torch.Tensor,
         host: computes the host library's own output.
         x: input ``[..., inputs]``.
         tag: tag of ``x`` if it is a neuron's spikes.
+        feeds: the neuron that it feeds, as far as it is known, and how to ask for the options in force for that.
     """
     owner = tag.tape() if tag is not None and x.requires_grad else None
     open_tapes: Any = owner.synapses if owner is not None else _unowned
     key: Any = id(module) if owner is not None else module
     reference = open_tapes.get(key)
     tape = reference() if reference is not None else None
+    if tape is not None:
+        tape.absorb()
     if tape is None or not tape.continues(module, options):
         tape = SynapseTape(module, options, owner)
     entry = tape.entry_of(x, tag)
@@ -353,9 +401,15 @@ def run_synapse(module: nn.Linear, options: Options, host: Any, x: torch.Tensor,
         tape = SynapseTape(module, options, owner)
         tape.attach(x, current, step)
     tape.latest = x if x.dim() <= 2 else None  # a whole sequence does not come again, and would be kept
+    tape.arm(x, step, feeds)
     counts["synapse_steps"] += 1
     open_tapes[key] = weakref.ref(tape)
     return current
+
+
+def tiles_of(module: nn.Module) -> torch.Tensor | None:
+    """The memory for the packed weights of a module, if it has any."""
+    return _tiles.get(module)
 
 
 def claim_current(x: torch.Tensor, neuron: NeuronTape) -> tuple[weakref.ref[SynapseTape], int] | None:
@@ -367,6 +421,7 @@ def claim_current(x: torch.Tensor, neuron: NeuronTape) -> tuple[weakref.ref[Syna
     tape = load_node().tape_of(x)
     if not isinstance(tape, SynapseTape):
         return None
+    tape.absorb()
     index = x.output_nr
     if tape.owner is None:
         if tape.sink is None:

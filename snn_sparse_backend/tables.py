@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,7 @@ from .scans import ForwardScan, Table, step_pointers
 from .tapes import Delivery
 
 if TYPE_CHECKING:
+    from .lanes import NeuronRun
     from .neuron_tape import NeuronTape
 
 
@@ -40,7 +41,8 @@ class Recorded:
         self.steps = 0
         self.active_counts: list[int] = []
         self.active: RasterStack | None = RasterStack()
-        self._pointers: list[list[int]] = []  # of each block: what its scan was given
+        # Steps of each block and what its scan was given; steps of each run of a lane and its tables.
+        self._pointers: list[tuple[int, list[int] | dict[str, Table[int]]]] = []
         # Runs of steps whose compressed membranes are in one storage, which may move when it shrinks.
         self._values: list[tuple[torch.Tensor | None, list[int]]] = []
         self._storage: torch.Tensor | None = None  # of the last run
@@ -55,14 +57,36 @@ class Recorded:
             self.active.add(block.active)
         else:
             self.active = None
-        values: Sequence[tuple[torch.Tensor | None, Sequence[int]]] = block.values or ((None, (0,) * steps),)
-        for storage, places in values:
+        self._add_values(block.values, steps)
+        self._pointers.append((steps, result.pointers))
+        block.values = block.active_counts = ()  # noted here
+
+    def add_run(self, run: NeuronRun) -> None:
+        """Notes the steps that a lane recorded."""
+        self.firsts.extend(range(self.steps, self.steps + run.steps))
+        self.steps += run.steps
+        self.active_counts += run.active_counts
+        rasters = run.active_rasters()
+        if rasters is not None and self.active is not None:
+            for raster in rasters:
+                self.active.add(raster)
+        else:
+            self.active = None
+        self._add_values(run.values, run.steps)
+        self._pointers.append((run.steps, run.tables))
+
+    def _add_values(self, values: Sequence[tuple[torch.Tensor, Sequence[int]]], steps: int) -> None:
+        """Where the compressed membranes of so many steps are; from some step on there may be none."""
+        rest = steps - sum(len(places) for _, places in values)
+        for storage, places in (*values, *([(None, (0,) * rest)] if rest else [])):
             if storage is not self._storage or not self._values:
                 self._storage = storage
                 self._values.append((storage, []))
             self._values[-1][1].extend(places)
-        self._pointers.append(result.pointers)
-        block.values = block.active_counts = ()  # noted here
+
+    def steps_of(self, block: int) -> int:
+        """Number of steps of one block."""
+        return (self.firsts[block + 1] if block + 1 < len(self.firsts) else self.steps) - self.firsts[block]
 
     def tables(self, resets_follow_spikes: bool) -> dict[str, Table[int]]:
         """The tables by their names in ``SnnNeuronBackward``.
@@ -81,16 +105,19 @@ class Recorded:
 
     def _noted(self) -> dict[str, Table[int]]:
         """Table by table, what was noted block by block."""
-        names = ForwardScan.TABLES
-        if self.steps == len(self._pointers):  # one step a block
-            columns = zip(*self._pointers, strict=True)
-            found = {name: array("Q", column) for name, column in zip(names, columns, strict=False)}
-        else:
-            found = {name: array("Q") for name in names}
-            for first, end, pointers in zip(self.firsts, [*self.firsts[1:], self.steps], self._pointers, strict=True):
-                steps = end - first
-                for i, name in enumerate(names):
-                    found[name].extend(pointers[i * steps : (i + 1) * steps])
+        found: dict[str, Table[int]] = {name: array("Q") for name in ForwardScan.TABLES}
+        for kind, group in groupby(self._pointers, key=lambda part: "run" if isinstance(part[1], dict) else part[0]):
+            parts: list[Any] = [pointers for _, pointers in group]
+            if kind == 1:  # one step a block
+                for name, column in zip(found, zip(*parts, strict=True), strict=False):
+                    found[name].extend(column)
+                continue
+            for part in parts:
+                for i, name in enumerate(found):
+                    if kind != "run":
+                        found[name].extend(part[i * kind : (i + 1) * kind])
+                    elif name in part:
+                        found[name].extend(part[name])
         return {name: table for name, table in found.items() if name not in ("input", "output")}
 
 
@@ -139,7 +166,7 @@ class Incoming:
         first = recorded.firsts[blocks[0]]
         if blocks != list(range(blocks[0], blocks[0] + len(blocks))):
             return False
-        steps = recorded.firsts[blocks[-1]] + self._tape.blocks[blocks[-1]].steps - first
+        steps = recorded.firsts[blocks[-1]] + recorded.steps_of(blocks[-1]) - first
         grad = delivery.dense if delivery.dense is not None else delivery.active
         assert grad is not None
         grad = grad.contiguous()
@@ -176,8 +203,8 @@ class Incoming:
         return self._copies[key]
 
     def _set(self, table: Table[int], index: int, grad: torch.Tensor) -> None:
-        block, first = self._tape.blocks[index], self._tape.recorded.firsts[index]
-        self._point(table, first, block.steps, self._contiguous(grad))
+        recorded = self._tape.recorded
+        self._point(table, recorded.firsts[index], recorded.steps_of(index), self._contiguous(grad))
 
     def _point(self, table: Table[int], first: int, steps: int, grad: torch.Tensor) -> None:
         """Lets so many steps point to their parts of a contiguous gradient."""
@@ -191,10 +218,10 @@ class Incoming:
             table[first : first + steps] = array("Q", step_pointers(grad, steps))
 
     def _set_state(self, state: int, index: int, grad: torch.Tensor) -> None:
-        block, first = self._tape.blocks[index], self._tape.recorded.firsts[index]
+        recorded = self._tape.recorded
         if grad.shape != self._tape.layer.shape:  # recorded states: one gradient a step
             return self._set(self._states[state], index, grad)
-        self._states[state][first + block.steps - 1] = self._contiguous(grad).data_ptr()
+        self._states[state][recorded.firsts[index] + recorded.steps_of(index) - 1] = self._contiguous(grad).data_ptr()
 
     def tables(self) -> dict[str, Any]:
         """The tables by their names in ``SnnNeuronBackward``."""

@@ -9,6 +9,7 @@ those gradients.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -68,6 +69,7 @@ class Tape:
         self.handle: Any = None
         self.inbox: list[Delivery] = []
         self.released = False
+        self.has_lane = False  # of its node, see lanes.py
 
     def deliver(self, delivery: Delivery) -> None:
         self.inbox.append(delivery)
@@ -80,13 +82,16 @@ class Tape:
             delivery.receive()
         return mine
 
+    def absorb(self) -> None:
+        """Takes over what the lane recorded."""
+
     def observed(self) -> bool:
         """Whether someone looks at the gradient of one of the outputs (hook, retain_grad, autograd.grad)."""
         return self.handle is None or load_node().has_requests(self.handle)
 
     def release(self) -> None:
         """Called by the node once backward is done and the graph is not retained."""
-        self.released = True
+        self.released, self.has_lane = True, False
         self.inbox = []
 
 
@@ -113,6 +118,19 @@ class Links(Generic[OtherTape]):
             self.indices.append(link[1])
         else:
             self._other = None
+
+    def extend(self, indices: Sequence[int] | None) -> None:
+        """Those of a run that belong to the same tape as the ones before; None if no tape has them."""
+        self._added += 1
+        if indices is None or self._other is None:
+            self._other = None
+        else:
+            self.indices.extend(indices)
+
+    @property
+    def reference(self) -> weakref.ref[OtherTape] | None:
+        """The other tape, if it is one."""
+        return self._other
 
     def tape(self) -> OtherTape | None:
         """The other tape, if it is one and still there."""
@@ -158,9 +176,20 @@ def tag_of(tensor: torch.Tensor) -> SpikeTag | None:
         tag = getattr(base, TAG, None) if base is not None and tensor.numel() == base.numel() else None
         if tag is not None and not tensor.is_contiguous():
             return None
-    if not isinstance(tag, SpikeTag) or tag.version != tensor._version:
+    if not isinstance(tag, SpikeTag):
+        return _tag_from_lane(tensor)
+    if tag.version != tensor._version:
         return None
     return tag if tag.stream is None or tag.stream == current_stream(tensor.device) else None
+
+
+def _tag_from_lane(tensor: torch.Tensor) -> SpikeTag | None:
+    found = load_node().spikes_at(tensor) if tensor.requires_grad else None
+    if found is None:
+        return None
+    tape, index = found
+    tape.absorb()
+    return SpikeTag(tape.blocks[index].raster, tape, index, tensor._version)
 
 
 def part(total: torch.Tensor, first: int, rows: int, shape: torch.Size) -> torch.Tensor:

@@ -1,5 +1,6 @@
 // snn_sparse_node: the sequence node as a Python module. See `functions` at the end for what it offers.
 #include "sequence_node.h"
+#include "synapse_lane.h"
 
 #ifndef TORCH_EXTENSION_NAME
 #define TORCH_EXTENSION_NAME snn_sparse_node
@@ -71,6 +72,18 @@ struct Step {
     check_outputs(ends, repoint);
   }
 
+  void record(SequenceNode& node, const NodePtr& self) {
+    for (auto& edge : edges) node.append_input(std::move(edge));
+    record_outputs(node, self);
+  }
+
+  void record_outputs(SequenceNode& node, const NodePtr& self) const {
+    node.begin_outputs();
+    for (const auto& tensor : outputs) node.append_output(self, tensor, Role::plain);
+    for (const auto& tensor : states) node.append_output(self, tensor, Role::state);
+    for (const auto& tensor : ends) node.append_output(self, tensor, Role::end);
+  }
+
   // The dict of hooks removed meanwhile is tied to the old node: the next hook must make a new one.
   void forget_removed_hooks() const {
     for (const auto* tensors : {&outputs, &states, &ends})
@@ -80,12 +93,10 @@ struct Step {
   }
 };
 
-// The sequence node a tensor came from, or null. Asked at every step: only views would need more than this raw look,
-// and they are never our outputs.
+// Asked at every step: only views would need more than this raw look, and they are never our outputs.
 SequenceNode* node_of(PyObject* object) {
   TORCH_CHECK_TYPE(THPVariable_Check(object), "expected a tensor, got ", Py_TYPE(object)->tp_name);
-  Node* node = impl::grad_fn_unsafe(THPVariable_Unpack(object));
-  return node && typeid(*node) == typeid(SequenceNode) ? static_cast<SequenceNode*>(node) : nullptr;
+  return sequence_of(THPVariable_Unpack(object));
 }
 
 // ---- Handle ---------------------------------------------------------------------------------------------------------
@@ -99,6 +110,7 @@ struct Locked {  // the node behind a handle, kept alive while it is looked at
   explicit Locked(PyObject* handle) : owner(reinterpret_cast<Handle*>(handle)->node.lock()) {}
   explicit operator bool() const { return owner.get() != nullptr; }
   SequenceNode* operator->() const { return static_cast<SequenceNode*>(owner.get()); }
+  SequenceNode& get() const { return static_cast<SequenceNode&>(*owner); }
   NodePtr owner;
 };
 
@@ -147,6 +159,8 @@ PyType_Slot handle_slots[] = {{Py_tp_doc, const_cast<char*>("A weak reference to
 PyType_Spec handle_spec = {"snn_sparse_node.Handle", sizeof(Handle), 0,
                            Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, handle_slots};
 
+#include "lane_functions.h"
+
 // ---- the module -----------------------------------------------------------------------------------------------------
 PyObject* create(PyObject*, PyObject* args, PyObject* kwargs) {
   HANDLE_TH_ERRORS
@@ -162,7 +176,7 @@ PyObject* create(PyObject*, PyObject* args, PyObject* kwargs) {
   Step step(inputs, outputs, states, ends, repoint);
   if (repoint) step.forget_removed_hooks();
   const NodePtr node = Owner::make<SequenceNode>(tape, name, std::move(step.edges), slack);
-  static_cast<SequenceNode&>(*node).append_outputs(node, step.outputs, step.states, step.ends);
+  step.record_outputs(static_cast<SequenceNode&>(*node), node);
   return make_handle(node);
   END_HANDLE_TH_ERRORS
 }
@@ -179,8 +193,7 @@ PyObject* extend(PyObject*, PyObject* args, PyObject* kwargs) {
   Step step(inputs, outputs, states, ends, /*repoint=*/false);
   for (const auto& edge : step.edges)
     if (!node->admits(edge)) Py_RETURN_FALSE;
-  node->append_inputs(std::move(step.edges));
-  node->append_outputs(node.owner, step.outputs, step.states, step.ends);
+  step.record(node.get(), node.owner);
   Py_RETURN_TRUE;
   END_HANDLE_TH_ERRORS
 }
@@ -212,6 +225,9 @@ PyObject* task_id(PyObject*, PyObject*) { return PyLong_FromLong(get_current_gra
 PyCFunction with_keywords(PyCFunctionWithKeywords function) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
+PyCFunction with_fastcall(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
 PyMethodDef functions[] = {
     {"create", with_keywords(create), METH_VARARGS | METH_KEYWORDS,
      "create(tape, inputs, outputs, states=(), ends=(), *, name='SequenceBackward', slack=0, repoint=False) -> Handle\n\n"
@@ -228,6 +244,22 @@ PyMethodDef functions[] = {
      "has_requests(handle) -> bool\n\n"
      "Whether anybody else looks at the gradient of any output: hooks, retain_grad, autograd.grad, or a graph that is\n"
      "being recorded (create_graph). If not, gradients may bypass the engine. True for a dead node."},
+    {"arm_neuron", arm<NeuronLane>, METH_VARARGS, "arm_neuron(handle, description)\n\n"
+     "Gives a node the lane of a neuron, or tells the lane to go on from the step that was recorded last."},
+    {"arm_synapse", arm<SynapseLane>, METH_VARARGS, "arm_synapse(handle, description)\n\n"
+     "The same for a synapse; description['owner'] is the handle of the neuron whose spikes it receives, or None."},
+    {"take", take, METH_O, "take(handle) -> dict | None\n\nWhat the lane recorded since it was asked last; None if there is no lane any more."},
+    {"is_last", is_last, METH_VARARGS, "is_last(handle, states) -> bool\n\n"
+     "Whether these are the states that a neuron's lane, or the step before it, returned, untouched."},
+    {"claimed", claimed, METH_VARARGS, "claimed(handle, [step]) -> int\n\n"
+     "The last step of a synapse's lane whose current a neuron consumed, after setting it."},
+    {"spikes_at", spikes_at, METH_O, "spikes_at(tensor) -> (tape, block) | None\n\n"
+     "The neuron's block whose spikes, recorded by a lane, this tensor is."},
+    {"neuron_step", with_fastcall(neuron_step), METH_FASTCALL,
+     "neuron_step(module, options, input, *states) -> (output, *states) | None\n\n"
+     "One time step by the lane of a neuron; None: the step has to go the long way."},
+    {"synapse_step", with_fastcall(synapse_step), METH_FASTCALL, "synapse_step(module, input) -> current | None\n\n"
+     "One time step by the lane of a synapse; None: it has to go the long way."},
     {"task_id", task_id, METH_NOARGS, "task_id() -> int\n\nThe number of the running backward pass, -1 outside."},
     {nullptr, nullptr, 0, nullptr}};
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "snn_sparse_node", "An autograd node that grows with a time loop.",

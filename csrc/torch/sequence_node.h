@@ -155,7 +155,14 @@ variable_list OutputGuard::operator()(const variable_list& grads) {
 }
 
 // ---- the node -------------------------------------------------------------------------------------------------------
-// The part of a node that owns the tape and gives it up in time.
+// What records further steps of a sequence without Python, see lanes.h. Destroyed with the GIL held.
+struct Lane {
+  explicit Lane(bool neuron) : is_neuron(neuron) {}
+  virtual ~Lane() = default;
+  const bool is_neuron;  // else of a synapse
+};
+
+// The part of a node that owns the tape and the lane, and gives them up in time.
 struct TapeOwner : Node {
   TapeOwner(PyObject* tape, edge_list&& edges) : Node(std::move(edges)), tape(Py_NewRef(tape)) {}
   ~TapeOwner() { drop_tape(/*announce=*/false); }
@@ -168,10 +175,15 @@ struct TapeOwner : Node {
 
   // announce: call the tape's release(), so that the recorded data go even if somebody else holds the tape.
   void drop_tape(bool announce) {
-    if (!tape || !Py_IsInitialized() || Py_IsFinalizing()) return;
+    if (!tape) return;
+    if (!Py_IsInitialized() || Py_IsFinalizing()) {
+      lane.release();  // its references to Python objects cannot be given back any more
+      return;
+    }
     Gil gil;
     PyObject *type, *value, *traceback;  // an error on its way to the user must survive a node that dies meanwhile
     PyErr_Fetch(&type, &value, &traceback);
+    lane.reset();
     PyObject* dropped = std::exchange(tape, nullptr);
     if (dropped && announce) call_release(dropped);
     Py_XDECREF(dropped);
@@ -188,10 +200,14 @@ struct TapeOwner : Node {
   }
 
   PyObject* tape;  // null once given up
+  std::unique_ptr<Lane> lane;
 };
 
 // True while a tape runs for create_graph=True: it runs without grad mode and could not tell by itself.
 thread_local bool recording_graph = false;
+
+// plain: nothing is computed from it inside. state: the fused computation goes on from it. end: it will, once a step follows.
+enum class Role { plain, state, end };
 
 struct SequenceNode final : TapeOwner {
   SequenceNode(PyObject* tape, const char* name, edge_list&& edges, uint64_t slack)
@@ -209,9 +225,10 @@ struct SequenceNode final : TapeOwner {
   bool admits(const Edge& edge) const { return !edge.function || edge.function->topological_nr() < topological_nr(); }
 
   // Not add_next_edge(), which would refuse: the node has consumers already.
-  void append_inputs(edge_list&& edges) { std::move(edges.begin(), edges.end(), std::back_inserter(next_edges_)); }
+  void append_input(Edge&& edge) { next_edges_.push_back(std::move(edge)); }
 
-  void append_outputs(const NodePtr& self, const Tensors& outputs, const Tensors& states, const Tensors& ends) {
+  // Before the outputs of a step are added: what ended the sequence so far goes on inside.
+  void begin_outputs() {
     if (!guard) {
       auto owned = std::make_unique<OutputGuard>(*this);
       guard = owned.get();
@@ -219,15 +236,12 @@ struct SequenceNode final : TapeOwner {
     }
     guard->states.insert(guard->states.end(), guard->ends.begin(), guard->ends.end());
     guard->ends.clear();
-    for (const auto& tensor : outputs) set_history(tensor, self);
-    for (const auto& tensor : states) {
-      guard->states.push_back(num_inputs());
-      set_history(tensor, self);
-    }
-    for (const auto& tensor : ends) {
-      guard->ends.push_back(num_inputs());
-      set_history(tensor, self);
-    }
+  }
+
+  void append_output(const NodePtr& self, const at::Tensor& tensor, Role role) {
+    if (role == Role::state) guard->states.push_back(num_inputs());
+    if (role == Role::end) guard->ends.push_back(num_inputs());
+    set_history(tensor, self);
   }
 
   bool has_requests() {
