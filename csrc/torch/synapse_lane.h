@@ -219,6 +219,7 @@ PyObject* SynapseLane::step(PyObject* module, const at::Tensor& x, const NeuronL
   }
   ++steps_;
   add_count(counts_.object, "synapse_steps");
+  add_count(counts_.object, "lane_steps");
   return THPVariable_Wrap(current);
 }
 
@@ -282,6 +283,7 @@ PyObject* NeuronLane::step(PyObject* module, PyObject* options, PyObject* input,
   for (const Output& output : outputs_) node_.append_output(self, made[output.tensor], output.role);
   locate_last(first);
   add_count(counts_.object, "neuron_steps");
+  add_count(counts_.object, "lane_steps");
 
   const Ref results(PyTuple_New(1 + states_));
   for (int i = 0; i <= states_; ++i) {
