@@ -1,4 +1,4 @@
-"""The lanes of per-step loops: they really run, and whatever happens in the middle of a loop, stock's results come out."""
+"""The lanes of per-step loops: they really run, and whatever happens in a loop, stock's results come out."""
 
 from __future__ import annotations
 
@@ -18,14 +18,20 @@ from snntorch import surrogate
 from torch import nn
 
 import snn_sparse_backend as sparse
+from snn_sparse_backend import summation
 from snn_sparse_backend.build import load_node
-
 
 
 @pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
 def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
     with precision(request.param):
         yield request.param
+
+
+@pytest.fixture(autouse=True)
+def even_tiny_products_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the order of the host's product is known, its bits come from sums over events."""
+    monkeypatch.setattr(summation, "FEWEST", 1)
 
 
 def lane_steps(side: Side) -> int:
@@ -47,6 +53,29 @@ def test_all_steps_but_the_first_go_through_lanes(dtype: torch.dtype, options: d
     assert lane_steps(side) == 4 * (STEPS - 1)
     assert side.counts["neuron_steps"] == 2 * STEPS and side.counts["synapse_steps"] == 2 * STEPS
     assert side.counts["neuron_nodes"] == 2 and side.counts["synapse_nodes"] == 2
+
+
+@pytest.mark.parametrize("weights", ["finite", "infinite"])
+def test_by_default_currents_are_summed_over_events_to_the_same_bits(dtype: torch.dtype, weights: str) -> None:
+    order = summation.order_of(16, 100, 90, dtype, True)
+
+    def program(side: Side) -> None:
+        fc, lif = nn.Linear(100, 90), snn.Leaky(0.9, spike_grad=side.surrogate(surrogate.atan()))
+        if weights == "infinite":
+            with torch.no_grad():
+                fc.weight[0, 0] = float("inf")
+        for sweep in range(2):
+            mem, loss = lif.reset_mem(), torch.zeros(())
+            sparse.reset_counts()
+            for t, x in enumerate((torch.rand(6, 16, 100) < 0.1).to(torch.get_default_dtype())):
+                spk, mem = lif(fc(x), mem)
+                side.output(f"{sweep} {t}", mem)
+                loss = loss + weighted(spk)
+        if weights == "finite":
+            train(side, fc, loss)
+
+    side = assert_same(program)
+    assert side.counts["forward_sparse"] == (5 if order is not None and weights == "finite" else 0)
 
 
 def test_nothing_goes_through_lanes_where_steps_have_nodes_of_their_own() -> None:
