@@ -140,7 +140,7 @@ void SynapseLane::find_spikes(const at::Tensor& x, const NeuronLane* before, int
   auto* words = reinterpret_cast<int64_t*>(rasters_.take());
   pack_arguments_.dense = x.data_ptr();
   pack_arguments_.words = reinterpret_cast<uint64_t*>(words);
-  latest_ones_ = run_kernel(pack_, &pack_arguments_, x.numel());
+  latest_ones_ = run_kernel(*this, pack_, &pack_arguments_, x.numel());
   latest_raster_ = latest_ones_ < 0 ? nullptr : words;
   latest_storage_ = rasters_.storages.back();
   if (!latest_raster_) rasters_.untake();
@@ -158,7 +158,7 @@ at::Tensor SynapseLane::current_of(const at::Tensor& x, bool same) {
     current = empty({rows_, weight_.size(0)}, type_);
     forward_arguments_.raster = reinterpret_cast<const uint64_t*>(latest_raster_);
     forward_arguments_.current = current.data_ptr();
-    run_kernel(forward_, &forward_arguments_, current.numel());
+    run_kernel(*this, forward_, &forward_arguments_, current.numel());
     add_count(counts_.object, "forward_sparse");
   } else {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
