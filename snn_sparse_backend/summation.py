@@ -9,12 +9,19 @@ The order is found by asking the product itself, as in *FPRev: Revealing the Ord
 Numerical Software* (Xie et al., 2024): with a huge weight at one place and its negative at another, the result counts
 the ones that were not swallowed between the two. Then it is verified, bit by bit and at every output, on random
 operands of mixed magnitudes, aligned and not. A product that does anything else has no order here, and runs itself.
+
+What an order was seen to depend on, besides the processor, is part of the key under which it is kept: sizes, dtype,
+threads, precision settings. Where tensors lie in memory does not matter, nor the distance of their rows (slices of a
+sequence), but a transposed weight does: it is the caller who must have a contiguous one.
 """
 
 from __future__ import annotations
 
+import ctypes
 import threading
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -25,6 +32,7 @@ from .kernels import SynapseForward, pack
 FEWEST, MOST = 1 << 15, 1 << 33
 _HUGE = {torch.float32: 2.0**60, torch.float64: 2.0**120}
 _DENSITIES = (0.02, 0.3, 1.0)
+_SUBNORMAL = 5e-324
 
 _lock = threading.Lock()
 _orders: dict[tuple[object, ...], tuple[int, ...] | None] = {}
@@ -43,9 +51,10 @@ def order_of(rows: int, inputs: int, outputs: int, dtype: torch.dtype, bias: boo
     """
     if not FEWEST <= rows * inputs * outputs <= MOST or dtype not in _HUGE:
         return None
-    if torch.get_float32_matmul_precision() != "highest":  # then float32 products may take a narrower format
+    threads = torch.get_num_threads()
+    if not _float32_is_exact() or not _settled(threads):
         return None
-    key = (rows, inputs, outputs, dtype, bias, torch.get_num_threads(), torch.backends.mkldnn.enabled)
+    key = (rows, inputs, outputs, dtype, bias, threads, torch.backends.mkldnn.enabled, _flushes())
     with _lock:
         if key not in _orders:
             _orders[key] = _find(rows, inputs, outputs, dtype, bias)
@@ -55,6 +64,45 @@ def order_of(rows: int, inputs: int, outputs: int, dtype: torch.dtype, bias: boo
 def finite(weight: torch.Tensor) -> bool:
     """Whether a dense product would not turn a zero input into NaN; False also where the weights add up to infinity."""
     return bool(weight.sum().isfinite())
+
+
+def _float32_is_exact() -> bool:
+    """Whether float32 products take no narrower format, whichever of torch's two interfaces chose one."""
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9; what asks without a backend's name raises once this was set
+        return matmul.fp32_precision in ("none", "ieee")
+    return torch.get_float32_matmul_precision() == "highest"
+
+
+def _flushes() -> bool:
+    """Whether subnormal numbers are zero in this thread (``torch.set_flush_denormal``)."""
+    return not _SUBNORMAL > 0
+
+
+def _settled(threads: int) -> bool:
+    """Whether all calls in this thread divide their work in the same way.
+
+    Others than torch can tell MKL how many threads it has, and OpenMP that it may start fewer. Workers treat subnormal
+    numbers in their own way, whatever the calling thread does.
+    """
+    blas = _asked("mkl_get_max_threads")
+    if blas is not None and blas != threads:
+        return False
+    return threads == 1 or not (_asked("omp_get_dynamic") or _flushes())
+
+
+@cache
+def _function(name: str) -> Callable[[], int] | None:
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))  # and what it depends on
+    except OSError:
+        return None
+    return getattr(library, name, None)
+
+
+def _asked(name: str) -> int | None:
+    function = _function(name)
+    return function() if function is not None else None
 
 
 @torch.no_grad()
@@ -90,7 +138,10 @@ def _verified(ends: tuple[int, ...], rows: int, outputs: int, dtype: torch.dtype
         weight, b = _mixed((outputs, ends[-1]), dtype, offset), _mixed((outputs,), dtype, offset) if bias else None
         by_events = SynapseForward(weight, b, chunk_ends=ends)
         for density in _DENSITIES:
-            x = _placed(torch.rand(rows, ends[-1]).lt(density).to(dtype), offset)
+            x = torch.rand(rows, ends[-1]).lt(density).to(dtype)
+            x[torch.rand(x.shape).lt(0.05) & (x == 0)] = -0.0
+            x[:1] = 0  # with the negative weights: a sum of negative zeros only
+            x = _placed(x, offset)
             raster = pack(x)
             if raster is None or not torch.equal(_bits(F.linear(x, weight, b)), _bits(by_events(raster))):
                 return False
@@ -98,8 +149,9 @@ def _verified(ends: tuple[int, ...], rows: int, outputs: int, dtype: torch.dtype
 
 
 def _mixed(shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
-    """Normal numbers over sixteen binary orders of magnitude, some of them negative zeros."""
+    """Normal numbers over sixteen binary orders of magnitude, some of them negative zeros; the first row negative."""
     numbers = torch.randn(shape, dtype=dtype) * torch.exp2(torch.randint(-8, 8, shape).to(dtype))
+    numbers[:1] = -numbers[:1].abs()
     return _placed(numbers.masked_fill_(torch.rand(shape) < 0.01, -0.0), offset)
 
 

@@ -149,6 +149,8 @@ class SynapseTape(Tape):
 
     def _order_of_host(self, rows: int) -> tuple[int, ...] | None:
         """The order in which the host's own product adds, if events can be added so: the outputs are the same bits."""
+        if not self.weight.is_contiguous():  # a transposed one may be added in another order
+            return None
         outputs, inputs = self.weight.shape
         order = order_of(rows, inputs, outputs, self.weight.dtype, self.bias is not None)
         return order if order is not None and finite(self.weight.detach()) else None

@@ -141,3 +141,48 @@ def test_the_generator_of_the_user_is_left_alone() -> None:
     torch.manual_seed(3)
     summation.order_of(64, 200, 200, torch.float32, True)
     assert torch.equal(torch.rand(4), expected)
+
+
+def test_precisions_of_the_newer_interface_are_heeded_and_do_not_raise() -> None:
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("torch has one interface only")
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "bf16"
+        assert summation.order_of(8, 70, 80, torch.float32, True) is None
+    finally:
+        matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize(("name", "answer"), [("mkl_get_max_threads", 3), ("omp_get_dynamic", 1)])
+def test_no_order_where_the_threads_are_not_torchs(name: str, answer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(2)
+    monkeypatch.setattr(summation, "_asked", {name: answer}.get)
+    assert summation.order_of(64, 200, 200, torch.float32, True) is None
+
+
+def test_flushed_subnormals_are_another_key_and_none_with_workers() -> None:
+    torch.set_num_threads(1)
+    before = summation.order_of(64, 200, 200, torch.float32, True)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot")
+    try:
+        assert summation.order_of(64, 200, 200, torch.float32, True) == before and len(summation._orders) == 2
+        torch.set_num_threads(2)
+        assert summation.order_of(64, 200, 200, torch.float32, True) is None
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def test_a_transposed_weight_runs_the_hosts_product() -> None:
+    """Its dense product may add in another order: (64, 1000, 1000) does on processors with AVX-512."""
+    from snn_sparse_backend.config import Options
+    from snn_sparse_backend.synapse_tape import SynapseTape
+
+    torch.set_num_threads(1)
+    layer = torch.nn.Linear(200, 200)
+    if SynapseTape(layer, Options(), None)._order_of_host(64) is None:
+        pytest.skip("no order on this processor")
+    layer.weight = torch.nn.Parameter(layer.weight.detach().t().contiguous().t())
+    assert SynapseTape(layer, Options(), None)._order_of_host(64) is None
