@@ -219,6 +219,8 @@ class SynapseTape(Tape):
         owned, options, weight = self.owner is not None, self.options, self.weight
         if event_parallel(x.device) or not options.fuse_steps or x.dim() != 2 or (not owned and feeds is None):
             return
+        if self.bias is not None and not self.bias.is_contiguous():
+            return
         if owned and (owner is None or not owner.has_lane):
             return
         entry, order = step.entry, ()

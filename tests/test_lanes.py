@@ -312,6 +312,17 @@ def test_an_input_that_changes_in_place_is_refused_as_by_autograd() -> None:
     assert_same(program)
 
 
+def test_a_bias_with_gaps() -> None:
+    def program(side: Side) -> None:
+        net = Net(side)
+        for fc in (net.fc1, net.fc2):
+            fc.bias = nn.Parameter(torch.randn(2 * fc.out_features)[::2])
+        net(frames(2))
+        train(side, net, net(frames()))
+
+    assert_same(program)
+
+
 def test_flattened_spikes_keep_their_raster() -> None:
     def program(side: Side) -> None:
         lif = snn.Leaky(0.9, spike_grad=side.surrogate(surrogate.atan()))
