@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="measure against the host library, compiled and not")
     bench.add_argument("--device", type=_device, default="cpu", help="cpu (default), cuda, or cuda:N")
-    bench.add_argument("--preset", choices=PRESET_NAMES, help="default: first-light on the CPU, gpu on CUDA")
+    bench.add_argument("--preset", choices=PRESET_NAMES, help="default: cpu on the CPU, gpu on CUDA")
     bench.add_argument("--kernels", action="store_true", help="each kernel by itself instead of whole networks")
     bench.add_argument("--threads", type=_positive, metavar="N", help="threads of torch (default: torch's own choice)")
     bench.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR",

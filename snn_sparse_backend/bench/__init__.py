@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 DEFAULT_OUT = Path("benchmarks/results/local")
-DEFAULT_PRESETS = {"cpu": "first-light", "cuda": "gpu"}
-PRESET_NAMES = ("first-light", "quick", "gpu", "gpu-quick")
+DEFAULT_PRESETS = {"cpu": "cpu", "cuda": "gpu"}
+PRESET_NAMES = ("cpu", "quick", "gpu", "gpu-quick")
 
 
 class NoGpuError(RuntimeError):
