@@ -6,12 +6,14 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 
+from . import SWEEPS
+
 COMPILED = ("loop", "step")
 RATE = 0.02
 # Of the peers in peers.py: all; and those whose backward is linear in T.
 PEERS = ("snnTorch, layer by layer", "Norse sequence", "Norse cells, unbind", "SpikingJelly multi-step", "sinabs",
-         "dense layer, input[t]", "dense layer, unbind")
-LINEAR_PEERS = tuple(name for name in PEERS if name not in ("Norse sequence", "sinabs", "dense layer, input[t]"))
+         "dense layer, indexed", "dense layer, unbind")
+LINEAR_PEERS = tuple(name for name in PEERS if name not in ("Norse sequence", "sinabs", "dense layer, indexed"))
 # snnTorch's tutorial 6: what a neuron sees is the pooled map, so sizes are those of the input and of the pooled maps.
 _CONV_SIZES = (784, 12 * 12 * 12, 64 * 4 * 4, 10)
 
@@ -140,7 +142,7 @@ def sweep_cases(sweep: str, quick: bool = False) -> tuple[Case, ...]:
     """The cases of a sweep.
 
     Args:
-        sweep: one of ``SWEEPS``.
+        sweep: one of ``bench.SWEEPS``.
         quick: a tiny network and few values.
 
     Raises:
@@ -166,6 +168,3 @@ def sweep_cases(sweep: str, quick: bool = False) -> tuple[Case, ...]:
 def swept_value(sweep: str, case: Case) -> float:
     """Where a case stands on the axis of its sweep."""
     return {"density": case.hidden_rate, "steps": case.steps, "batch": case.batch, "width": case.sizes[1]}[sweep]
-
-
-SWEEPS = ("density", "steps", "batch", "width")

@@ -81,7 +81,8 @@ def fused_kept(net: Net, forward: Callable[[], Tensor], exclude: Iterable[Tensor
 
 
 def _layers(net: Net) -> dict[nn.Module, str]:
-    return {module: f"layer {i}" for i, stage in enumerate(net.stages, 1) for part in stage for module in part.modules()}
+    return {module: f"layer {i}" for i, stage in enumerate(net.stages, 1)
+            for part in stage for module in part.modules()}
 
 
 def _in_order(found: dict[str, int], net: Net) -> dict[str, int]:

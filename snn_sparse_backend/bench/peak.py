@@ -1,7 +1,7 @@
 """The peak of resident memory during one training step, in a process of its own.
 
-``python -m snn_sparse_backend.bench.peak THREADS VARIANT CASE FACTORS`` is that process; it prints the bytes. Only there
-has the allocator nothing left over from other steps that it could hand out again unseen.
+``python -m snn_sparse_backend.bench.peak THREADS VARIANT CASE FACTORS`` is that process; it prints the bytes. Only
+there has the allocator nothing left over from other steps that it could hand out again unseen.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Other ways to train the same network, beside the host library and ours: a loop order, a library, a published layer.
 
 All have the weights and the input of the case. Where the dynamics are another library's they are set to the same decay
-and to a detached reset by subtraction, as far as that library has it; ``same_maths`` says whose gradients can be compared.
+and to a detached reset by subtraction, as far as that library has it; ``same_maths`` says whose gradients can be
+compared.
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ _PEERS = (
     Peer("Norse cells, unbind", "norse", lambda s, c: _norse(s, c, True)),
     Peer("SpikingJelly multi-step", "spikingjelly", lambda s, c: SpikingJellyNet(s, c.beta, c.layer)),
     Peer("sinabs", "sinabs", lambda s, c: SinabsNet(s, c.beta, c.layer), quadratic=True),
-    Peer("dense layer, input[t]", "torch", lambda s, c: DenseNet(s, c.beta, False, c.layer), same_maths=True,
+    Peer("dense layer, indexed", "torch", lambda s, c: DenseNet(s, c.beta, False, c.layer), same_maths=True,
          quadratic=True),
     Peer("dense layer, unbind", "torch", lambda s, c: DenseNet(s, c.beta, True, c.layer), same_maths=True),
 )

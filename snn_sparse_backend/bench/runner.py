@@ -55,7 +55,7 @@ class Outcome:
             "gaussian_input": self.case.gaussian, "layer": self.case.layer, "sites": self.case.sites,
             "input_rate": self.input_rate, "hidden": [asdict(d) for d in self.densities],
             "weight_factors": self.factors, "remarks": self.remarks, "gemm_floor_ms": floor,
-            "variants": [_figures(v, self.variants[0], floor["step"]) for v in self.variants],
+            "variants": [_figures(v, self.variants[0], floor["step"], self.case.sites) for v in self.variants],
         }
 
 
@@ -64,7 +64,7 @@ def _times(seconds: list[tuple[float, float]]) -> dict[str, float]:
     return {"forward": forward, "backward": backward, "step": milliseconds(f + b for f, b in seconds)}
 
 
-def _figures(variant: Variant, host: Variant, floor: float) -> dict[str, Any]:
+def _figures(variant: Variant, host: Variant, floor: float, sites: int) -> dict[str, Any]:
     ours, theirs, memory = _times(variant.seconds), _times(host.seconds), variant.memory
     return {
         "name": variant.name, "kind": variant.kind, **{f"{k}_ms": v for k, v in ours.items()},
@@ -79,8 +79,9 @@ def _figures(variant: Variant, host: Variant, floor: float) -> dict[str, Any]:
         "peak_rss_mib": variant.peak_rss / MIB if variant.peak_rss is not None else None,
         "peak_mib": memory.peak / MIB if memory is not None else None,
         "peak_of_step_mib": (memory.peak - memory.before) / MIB if memory is not None else None,
-        "gradient_difference": variant.gradient_difference, "fused": variant.fused_steps > 0, "same_maths": variant.same_maths,
-        "counts": dict(variant.counts),
+        "bytes_per_site": variant.saved / sites if variant.saved is not None else None,
+        "gradient_difference": variant.gradient_difference, "fused": variant.fused_steps > 0,
+        "same_maths": variant.same_maths, "quadratic": variant.quadratic, "counts": dict(variant.counts),
     }
 
 

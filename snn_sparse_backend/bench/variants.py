@@ -165,8 +165,8 @@ class Contest:
             variant.slow = True
             if expected > TOO_SLOW_SECONDS and variant is not self.variants[0]:
                 self.variants.remove(variant)
-                self.remarks.append(f"{variant.name}: left out, a step would take about {expected:.0f} s: its backward is "
-                                    "quadratic in T")
+                self.remarks.append(f"{variant.name}: left out, a step would take about {expected:.0f} s, as its "
+                                    "backward is quadratic in T")
         self.use(whole)
 
 
