@@ -54,8 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure against the host library, compiled and not")
     bench.add_argument("--device", type=_device, default="cpu", help="cpu (default), cuda, or cuda:N")
     bench.add_argument("--preset", choices=PRESET_NAMES, help="default: cpu on the CPU, gpu on CUDA")
-    bench.add_argument("--kernels", action="store_true", help="each kernel by itself instead of whole networks")
-    bench.add_argument("--sweep", choices=SWEEPS, nargs="+", metavar="WHAT",
+    what = bench.add_mutually_exclusive_group()
+    what.add_argument("--kernels", action="store_true", help="each kernel by itself instead of whole networks")
+    what.add_argument("--sweep", choices=SWEEPS, nargs="+", metavar="WHAT",
                        help=f"one network at several values, instead of a preset: {', '.join(SWEEPS)}; "
                             "a quick preset makes them tiny")
     bench.add_argument("--threads", type=_positive, nargs="+", metavar="N",

@@ -1,4 +1,4 @@
-"""The benchmark: stock library, compiled, peers, fused, sparse - in one process, in turn, on the same weights and inputs.
+"""The benchmark: stock library, compiled, its peers, fused, sparse - in one process, in turn, on the same batch.
 
 And the kernels one by one, beside the bandwidth of a copy and the dense products.
 """
@@ -90,7 +90,7 @@ def run_sweep(sweep: str, out: Path = DEFAULT_OUT, threads: int | None = None, d
         NoGpuError: if torch does not see that device.
         ValueError: if there is no such sweep.
     """
-    from .cases import Case, sweep_cases, swept_value
+    from .cases import sweep_cases, swept_value
     from .pictures import draw_sweep
     from .report import print_sweep
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from . import SWEEPS
 
@@ -76,8 +77,11 @@ class Case:
     @classmethod
     def from_json(cls, text: str) -> Case:
         """The case that :meth:`as_json` wrote."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value
-                      for key, value in json.loads(text).items()})
+        properties: dict[str, Any] = json.loads(text)
+        for key, value in properties.items():
+            if isinstance(value, list):
+                properties[key] = tuple(value)
+        return cls(**properties)
 
 
 def _paper(library: str, inputs: int, hidden: int, classes: int, steps: int, **options: object) -> Case:

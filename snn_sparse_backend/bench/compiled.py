@@ -1,7 +1,7 @@
 """``torch.compile`` of the stock network, guarded: tried in a process of its own first, with a time limit.
 
-``python -m snn_sparse_backend.bench.compiled loop cpu CASE`` is that process: what to compile (the whole loop or one time
-step), the device, and the case as JSON.
+``python -m snn_sparse_backend.bench.compiled loop cpu CASE`` is that process: what to compile (the whole loop or one
+time step), the device, and the case as JSON.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class _FastSigmoid(torch.autograd.Function):
         return (distance > 0).to(distance.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (distance,) = ctx.saved_tensors
         return grad / (SLOPE * distance.abs() + 1.0) ** 2
 
@@ -99,7 +99,7 @@ class SpikingJellyNet(Net):
         self._reset(self)
         for synapse, neuron in zip(self.synapses, self.neurons, strict=True):
             x = neuron(OverTime(synapse)(x))
-        return x if self.layer else self.neurons[-1].v_seq.mean(0)  # type: ignore[union-attr, operator]
+        return x if self.layer else self.neurons[-1].v_seq.mean(0)  # type: ignore[operator]
 
 
 def _subtract(spikes: Tensor, state: dict[str, Tensor], threshold: Tensor) -> dict[str, Tensor]:
