@@ -149,10 +149,10 @@ def _first_round(variants: list[Variant], host: nn.Module, clock: Clock, bar: tq
         with variant.scope():
             variant.kept = variant.measure() if variant.measure is not None else None
             variant.workspace_bytes = variant.workspace()
-            if variant.fused_steps:
+            if variant is variants[-1]:  # it has a cutoff, and so tells of active sites too
                 with layer_outputs() as made:
                     result = variant.loss()
-                densities = activities(made)  # those of the last variant, which has a cutoff, are returned
+                densities = activities(made)
                 del result, made
         bar.update()
     return densities
@@ -160,7 +160,7 @@ def _first_round(variants: list[Variant], host: nn.Module, clock: Clock, bar: tq
 
 def _measure_peaks(remarks: list[str], case: Case, variants: list[Variant], factors: list[float], bar: tqdm) -> None:
     for variant in variants:
-        if variant.kind == "compiled":  # it would have to compile again
+        if variant.kind == "compiled" or variant.slow:  # it would have to compile again, or take minutes
             continue
         bar.set_postfix_str(f"peak memory of {variant.name}")
         try:
