@@ -10,7 +10,7 @@ from typing import Any
 COLOURS = {"host": "#5b6770", "compiled": "#8d7bb0", "peer": "#c0935a", "fused": "#1f77b4"}
 KINDS = {"host": "host library", "compiled": "torch.compile", "peer": "peers", "fused": "this backend"}
 _LAYERS = ("#1b4f72", "#2e86c1", "#85c1e9", "#aed6f1", "#d6eaf8")
-_FLOOR = "#d62728"
+_FLOOR, _OUTSIDE = "#d62728", "#b0b0b0"
 # Lines of a sweep; what is not named here is another library.
 _LINES = {"snnTorch": ("#5b6770", "o"), "fused, dense products": ("#8d7bb0", "s"),
           "sparse, exact (default)": ("#2ca02c", "^"), "cutoff 0.2": ("#ff7f0e", "v"),
@@ -25,7 +25,7 @@ def title_of(where: dict[str, Any]) -> str:
 
 def draw_times(results: dict[str, Any], out: Path) -> Path:
     """The time of a step by library, forward and backward stacked, a panel for each case; returns the path."""
-    with _panels(results, out, "training step, forward and backward") as panels:
+    with _panels(results, out, "training step, forward and backward", _shades_of_times(results["cases"])) as panels:
         for case, axis in panels:
             _draw_times(axis, case)
     return out
@@ -33,14 +33,16 @@ def draw_times(results: dict[str, Any], out: Path) -> Path:
 
 def draw_memory(results: dict[str, Any], out: Path) -> Path:
     """What is kept for backward by library, stacked by layer, a panel for each case; returns the path."""
-    with _panels(results, out, "kept for backward (weights and input excluded)") as panels:
+    what = "kept for backward (weights and input excluded), beside packed weights and the peak of a step"
+    with _panels(results, out, what, _shades_of_layers(results["cases"])) as panels:
         for case, axis in panels:
             _draw_memory(axis, case)
     return out
 
 
 @contextmanager
-def _panels(results: dict[str, Any], out: Path, what: str) -> Iterator[Iterator[tuple[dict[str, Any], Any]]]:
+def _panels(results: dict[str, Any], out: Path, what: str,
+            legend: list[Any]) -> Iterator[Iterator[tuple[dict[str, Any], Any]]]:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -49,10 +51,11 @@ def _panels(results: dict[str, Any], out: Path, what: str) -> Iterator[Iterator[
     cases = results["cases"]
     columns = min(2, len(cases))
     rows = [cases[i:i + columns] for i in range(0, len(cases), columns)]
-    heights = [max(len(case["variants"]) for case in row) + 3.5 for row in rows]
-    figure, axes = plt.subplots(len(rows), columns, figsize=(9 * columns, 0.27 * sum(heights) + 1.2), squeeze=False,
+    heights = [max(len(case["variants"]) for case in row) + 2.5 for row in rows]
+    figure, axes = plt.subplots(len(rows), columns, figsize=(9 * columns, 0.27 * sum(heights) + 1.5), squeeze=False,
                                 layout="constrained", gridspec_kw={"height_ratios": heights})
     figure.suptitle(f"{what}\n{title_of(results['environment'])}")
+    figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False)
     for axis in axes.flat[len(cases):]:
         axis.set_visible(False)
     yield zip(cases, axes.flat, strict=False)
@@ -61,8 +64,6 @@ def _panels(results: dict[str, Any], out: Path, what: str) -> Iterator[Iterator[
 
 
 def _draw_times(axis: Any, case: dict[str, Any]) -> None:
-    from matplotlib.patches import Patch
-
     variants, floor = case["variants"], case["gemm_floor_ms"]
     rows, colours = range(len(variants)), [COLOURS[v["kind"]] for v in variants]
     # What is quadratic in T would leave no room for the others: its bar ends at the edge, and its label says how long.
@@ -71,23 +72,35 @@ def _draw_times(axis: Any, case: dict[str, Any]) -> None:
     axis.barh(rows, [v["backward_ms"] for v in variants], left=[v["forward_ms"] for v in variants], color=colours,
               alpha=0.55, hatch="///", edgecolor="white", linewidth=0)
     for row, v in zip(rows, variants, strict=True):
-        text = f"{v['step_ms']:,.0f} ms  x{v['speedup_step']:.1f}"
+        text = f"{_short(v['step_ms'])} ms  x{v['speedup_step']:.1f}"
         beyond = v["step_ms"] > limit
         axis.text(limit * 0.99 if beyond else v["step_ms"] + limit * 0.01, row, f"{text} \u25b8" if beyond else text,
                   ha="right" if beyond else "left", va="center", fontsize=9,
                   bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
-    line = axis.axvline(floor["step"], color=_FLOOR, linestyle=":", zorder=3)
-    used = dict.fromkeys(v["kind"] for v in variants)
-    shades = [Patch(color=COLOURS[kind], label=KINDS[kind]) for kind in used]
-    shades += [Patch(facecolor="0.5", label="forward"), Patch(facecolor="0.75", hatch="///", edgecolor="white",
-                                                                 label="backward")]
-    line.set_label("dense products alone")
-    axis.legend(handles=[*shades, line], loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=len(shades) + 1,
-                fontsize=7.5, frameon=False, columnspacing=1, handlelength=1.4)
+    axis.axvline(floor["step"], color=_FLOOR, linestyle=":", zorder=3)
     rates = ", ".join(f"{h['spike_rate']:.1%}" for h in case["hidden"])
-    axis.set(xlabel="ms", xlim=(0, limit))
-    axis.set_title(f"{case['name']}, hidden layers spike at {rates}", fontsize=10)
+    axis.set_xlim(0, limit)
+    axis.set_title(f"{case['name']}, hidden layers spike at {rates}; ms", fontsize=10, loc="left")
     _rows_of(axis, variants)
+
+
+def _shades_of_times(cases: list[dict[str, Any]]) -> list[Any]:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    used = dict.fromkeys(v["kind"] for case in cases for v in case["variants"])
+    return [*(Patch(color=COLOURS[kind], label=name) for kind, name in KINDS.items() if kind in used),
+            Patch(facecolor="0.4", label="forward"),
+            Patch(facecolor="0.7", hatch="///", edgecolor="white", label="backward"),
+            Line2D([], [], color=_FLOOR, linestyle=":", label="dense products alone")]
+
+
+def _shades_of_layers(cases: list[dict[str, Any]]) -> list[Any]:
+    from matplotlib.patches import Patch
+
+    layers = max(len(case["sizes"]) - 1 for case in cases)
+    return [*(Patch(color=_LAYERS[i % len(_LAYERS)], label=f"layer {i + 1}") for i in range(layers)),
+            Patch(color=_OUTSIDE, label="outside the layers")]
 
 
 def _draw_memory(axis: Any, case: dict[str, Any]) -> None:
@@ -97,24 +110,23 @@ def _draw_memory(axis: Any, case: dict[str, Any]) -> None:
     for i, name in enumerate(names):
         sizes = [v["saved_by_layer"][name] / 2**20 for v in variants]
         if any(sizes):
-            colour = "#b0b0b0" if i == len(names) - 1 else _LAYERS[i % len(_LAYERS)]
-            axis.barh(range(len(variants)), sizes, left=left, color=colour, label=name)
+            colour = _OUTSIDE if i == len(names) - 1 else _LAYERS[i % len(_LAYERS)]
+            axis.barh(range(len(variants)), sizes, left=left, color=colour)
             left = [a + b for a, b in zip(left, sizes, strict=True)]
-    limit = max(left) * 1.45
-    packed = [v["workspace_mib"] for v in variants]
-    if any(packed):
-        axis.barh(range(len(variants)), packed, left=left, color="none", hatch="....", edgecolor="#1f77b4", linewidth=0,
-                  label="packed weights, of all steps")
+    limit = max(left) * 1.5
     for row, v in enumerate(variants):
         ratio = f"  1/{v['saved_ratio']:.1f}" if v["saved_ratio"] else ""
-        peak = f", peak {v['peak_rss_mib']:,.0f}" if v["peak_rss_mib"] is not None else ""
-        axis.text(left[row] + packed[row] + limit * 0.01, row, f"{v['saved_mib']:.1f} MiB{ratio}{peak}", va="center",
+        peak = f", peak {_short(v['peak_rss_mib'])}" if v["peak_rss_mib"] is not None else ""
+        packed = f", packed {_short(v['workspace_mib'])}" if v["workspace_mib"] else ""
+        axis.text(left[row] + limit * 0.01, row, f"{_short(v['saved_mib'])} MiB{ratio}{packed}{peak}", va="center",
                   fontsize=9)
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=len(names) + 1, fontsize=7.5, frameon=False,
-                columnspacing=1, handlelength=1.4)
-    axis.set(xlabel="MiB", xlim=(0, limit))
-    axis.set_title(case["name"], fontsize=10)
+    axis.set_xlim(0, limit)
+    axis.set_title(f"{case['name']}; MiB", fontsize=10, loc="left")
     _rows_of(axis, variants)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _rows_of(axis: Any, variants: list[dict[str, Any]]) -> None:

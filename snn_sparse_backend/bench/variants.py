@@ -199,7 +199,8 @@ def _snntorch(case: Case, synapses: nn.ModuleList, x: Tensor, labels: Tensor, co
     contest.add_peers()
     for name, options in OPTIONS.items():
         if contest.wants(name):
-            contest.add_fused(name, net, lambda o=options: enabled("snntorch", **o))  # type: ignore[misc]
+            own = SnntorchNet(same_parameters(synapses), case.beta, case.layer).to(x.device)
+            contest.add_fused(name, own, lambda o=options: enabled("snntorch", **o))  # type: ignore[misc]
     return contest
 
 
