@@ -264,7 +264,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     said = capsys.readouterr().out
-    assert stop.value.code == 0 and all(name in said for name in ("demo", "bench", "check", "build", "info"))
+    assert stop.value.code == 0 and all(name in said for name in ("demo", "bench", "check", "tune", "build", "info"))
 
 
 @pytest.mark.parametrize("arguments", [[], ["fly"], ["demo", "--library", "brian"], ["demo", "--epochs", "0"]])
