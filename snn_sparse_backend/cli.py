@@ -1,4 +1,4 @@
-"""The command line: ``python -m snn_sparse_backend {demo,bench,bench-compare,check,build,info}``."""
+"""The command line: ``python -m snn_sparse_backend {demo,bench,bench-compare,check,tune,build,info}``."""
 
 from __future__ import annotations
 
@@ -79,6 +79,16 @@ def _parser() -> argparse.ArgumentParser:
                        help="a function that returns (model, inputs) or (model, inputs, loss)")
     check.add_argument("--cutoff", type=float, metavar="B", help="backpropagate only where |U - threshold| < B")
     check.set_defaults(run=_check)
+
+    tune = commands.add_parser("tune", help="measure at which densities this machine should go event by event")
+    tune.add_argument("--threads", type=_positive, metavar="N", help="threads of torch (default: torch's own choice)")
+    instead = tune.add_mutually_exclusive_group()
+    instead.add_argument("--show", action="store_true", help="only show what is in force")
+    instead.add_argument("--reset", action="store_true", help="forget what was measured, for all numbers of threads")
+    instead.add_argument("--sweep", action="store_true", help="measure how well the choice in force does")
+    instead.add_argument("--defaults", action="store_true", help="measure and print the built-in values")
+    tune.add_argument("--out", type=Path, metavar="FILE.json", help="where the sweep goes, besides the table")
+    tune.set_defaults(run=_tune)
 
     build = commands.add_parser("build", help="compile the core now, unless it is in the cache already")
     build.add_argument("--cuda", action="store_true",
@@ -165,6 +175,28 @@ def _check(args: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
+def _tune(args: argparse.Namespace) -> int:
+    import torch
+    from rich.console import Console
+
+    from . import crossovers, tune
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    console = Console()
+    if args.show:
+        tune.show(console)
+    elif args.reset:
+        print(f"{'removed' if crossovers.reset() else 'there was no'} {crossovers.path()}")
+    elif args.sweep:
+        tune.run_sweep(console, args.out)
+    elif args.defaults:
+        tune.print_defaults()
+    else:
+        tune.run(console)
+    return 0
+
+
 def _build(args: argparse.Namespace) -> int:
     from .build import build
 
@@ -179,7 +211,7 @@ def _info(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from . import __version__, config
+    from . import __version__, config, crossovers
     from .bench.measure import installed
     from .build import status
     from .native import instruction_set
@@ -206,6 +238,8 @@ def _info(args: argparse.Namespace) -> int:
         table.add_row(name, str(path) if path is not None else "not compiled yet" if needed else "not needed")
     compiled = state.libraries[CORE] is not None
     table.add_row("instruction set", instruction_set() if compiled else "known once the core is compiled")
+    if compiled:
+        table.add_row("crossovers", crossovers.source())
     for problem in state.problems:
         table.add_row("problem", problem)
     Console().print(table, highlight=False)

@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 
+from . import crossovers
+from .compat.precision import full_on_cuda
+
 FORWARDS = ("host", "sparse")
-# The first is measured. The others follow from the memory rates of the kernels, see docs/kernels.md.
-_CPU_CROSSOVER, _CUDA_CROSSOVER, _TF32_CROSSOVER = 0.2, 0.1, 0.03
+# They follow from the memory rates of the kernels, see docs/kernels.md.
+_CUDA_CROSSOVER, _TF32_CROSSOVER = 0.1, 0.03
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Options:
         fuse_steps: one autograd node per layer and sequence. False: one per layer and step, for those who need the
             gradient at an intermediate membrane state.
         crossover: products run sparse below this density of spikes or active sites, dense above it; None: what suits
-            the device.
+            the product, its shape and the device.
     """
 
     cutoff: float | None = None
@@ -48,13 +51,18 @@ class Options:
         if self.crossover is not None and not 0 <= self.crossover <= 1:
             raise ValueError(f"crossover: expected a density between 0 and 1 or None, got {self.crossover!r}")
 
-    def crossover_on(self, device: torch.device) -> float:
-        """The crossover in force on a device."""
+    def crossover_on(self, device: torch.device, product: str, rows: int, inputs: int, outputs: int) -> float:
+        """The density up to which a product runs sparse on a device.
+
+        Args:
+            product: ``"forward"``, ``"weight_gradient"`` or ``"input_gradient"``.
+            rows, inputs, outputs: its shape; ``rows`` are pairs of time step and batch row.
+        """
         if self.crossover is not None:
             return self.crossover
         if device.type != "cuda":
-            return _CPU_CROSSOVER
-        return _TF32_CROSSOVER if torch.backends.cuda.matmul.allow_tf32 else _CUDA_CROSSOVER
+            return crossovers.density(product, rows, inputs, outputs)
+        return _CUDA_CROSSOVER if full_on_cuda() else _TF32_CROSSOVER
 
     def updated(self, changes: dict[str, Any]) -> Options:
         """These options with some of them changed.

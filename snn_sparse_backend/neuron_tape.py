@@ -155,8 +155,12 @@ class NeuronTape(Tape):
         self.outputs += [(kind, index) for index in range(first, first + run.steps) for kind in kinds]
         self.recorder.store.dense = taken["dense"]
 
-    def active_set(self, blocks: Sequence[int], options: Options) -> Raster | None:
-        """The active sites of some blocks, if gradients are wanted only there and the sites are few."""
+    def active_set(self, blocks: Sequence[int], options: Options, outputs: int) -> Raster | None:
+        """The active sites of some blocks, if gradients are wanted only there and the sites are few.
+
+        Args:
+            outputs: of the synapse that wants to know.
+        """
         self.absorb()
         stack = self.recorded.active
         if self.needs_all_spike_gradients or stack is None:
@@ -170,9 +174,8 @@ class NeuronTape(Tape):
             share = self.plan.densities.for_choice().active
         else:
             share = (active.ones or 0) / active.sites
-        if share is not None and share > options.crossover_on(self.layer.device):
-            return None
-        return active
+        limit = options.crossover_on(self.layer.device, "input_gradient", active.rows, active.cols, outputs)
+        return active if share is None or share <= limit else None
 
     # ------------------------------------------------------------------------------------------------ backward
 

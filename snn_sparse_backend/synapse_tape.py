@@ -131,10 +131,12 @@ class SynapseTape(Tape):
         # One step after another is left to the lane, which has the weights packed.
         if in_order and (x.dim() < 3 or event_parallel(x.device) or not x.is_contiguous()):
             return None
-        if raster is not None and not self._pays(kernels.density(raster), unknown=True):
+        if raster is not None and not self._pays(kernels.density(raster), "forward", raster.rows, unknown=True):
             return None
         if raster is None:
-            if entry.dense is None or not event_parallel(x.device) or not self._pays(self._input_density()):
+            if entry.dense is None or not event_parallel(x.device):
+                return None
+            if not self._pays(self._input_density(), "forward", len(entry.dense)):
                 return None
             factors = entry.dense.contiguous()
             raster = kernels.nonzero(factors)
@@ -155,9 +157,13 @@ class SynapseTape(Tape):
         order = order_of(rows, inputs, outputs, self.weight.dtype, self.bias is not None)
         return order if order is not None and finite(self.weight.detach()) else None
 
-    def _pays(self, density: float | None, unknown: bool = False) -> bool:
+    def _pays(self, density: float | None, product: str, rows: int, unknown: bool = False) -> bool:
         """Whether a product is better done event by event; ``unknown`` is the answer where the density is not known."""
-        return unknown if density is None else density <= self.options.crossover_on(self.weight.device)
+        return unknown if density is None else density <= self._crossover(product, rows)
+
+    def _crossover(self, product: str, rows: int) -> float:
+        outputs, inputs = self.weight.shape
+        return self.options.crossover_on(self.weight.device, product, rows, inputs, outputs)
 
     def _input_density(self) -> float | None:
         """CUDA: density of the inputs that carry no raster, in earlier sequences."""
@@ -224,7 +230,8 @@ class SynapseTape(Tape):
         if owned and (owner is None or not owner.has_lane):
             return
         entry, order = step.entry, ()
-        events = entry.raster is not None and self._pays(kernels.density(entry.raster), unknown=True)
+        raster = entry.raster
+        events = raster is not None and self._pays(kernels.density(raster), "forward", step.rows, unknown=True)
         if events and options.forward != "sparse":
             found = self._order_of_host(step.rows)
             events, order = found is not None, found or ()
@@ -234,7 +241,7 @@ class SynapseTape(Tape):
             "neuron": feeds[0] if feeds is not None else None, "options_of": feeds[1] if feeds is not None else None,
             "forward_kernel": address_of("synapse_forward"), "pack_kernel": address_of("raster_pack"),
             "weight": weight, "bias": self.bias, "rows": step.rows, "threads": threads_for(step.rows * weight.shape[0]),
-            "crossover": options.crossover_on(weight.device), "chunk_ends": order,
+            "crossover": self._crossover("forward", step.rows), "chunk_ends": order,
             "tiles": self.sparse_product().tiles if events else None,
             "direct": step.spikes is not None, "latest": None if owned else x,
             "latest_raster": entry.raster.words if entry.raster is not None else None,
@@ -325,13 +332,13 @@ class SynapseTape(Tape):
             grad, chosen = grad.view(len(chosen), -1, grad.shape[1]).sum(0), chosen[:1]
         if self.rasters is not None:
             raster = self._rasters_of(chosen)
-            if self._pays(kernels.density(raster), unknown=True):
+            if self._pays(kernels.density(raster), "weight_gradient", raster.rows, unknown=True):
                 counts["weight_gradient_sparse"] += 1
                 return kernels.weight_gradient(grad, kernels.columns(raster), bias=bias)
         entries = [self.steps[i].entry for i in chosen]
         x = torch.cat([e.values(grad.dtype) for e in entries]) if len(entries) > 1 else entries[0].values(grad.dtype)
         if event_parallel(x.device):
-            if self._pays(self._input_density()):
+            if self._pays(self._input_density(), "weight_gradient", len(x)):
                 counts["weight_gradient_sparse"] += 1
                 x = x.contiguous()
                 events = kernels.columns(kernels.nonzero(x, self._count_inputs()), factors=x)
@@ -351,7 +358,7 @@ class SynapseTape(Tape):
         check_version(self.weight, self.versions[0])
         neuron, blocks = self._neuron_before(chosen, needs)
         if neuron is not None:
-            active = neuron.active_set(blocks, self.options)
+            active = neuron.active_set(blocks, self.options, grad.shape[1])
             if active is not None and active.cols == self.weight.shape[1]:
                 counts["input_gradient_sparse"] += 1
                 values = kernels.input_gradient(grad, kernels.columns(active, ranks=True), self.sparse_product().tiles)

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 
 import devices
 import pytest
 import torch
 
-from snn_sparse_backend import native
+from snn_sparse_backend import crossovers, native
 
 # What these test is the CPU's kernels, the builder or the package, or they choose their kernels themselves.
 OF_THE_CPU = ("test_kernels", "test_sanitizers", "test_abi", "test_build", "test_packaging", "test_demo_bench",
               "test_bench", "test_gpu_check", "test_lanes", "test_cuda_", "node/", "test_norse_own_suite")
 WITH_ANY_CUDA = ("test_cuda_device",)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_crossover_for_all() -> Iterator[None]:
+    """Small products run event by event as well, on any machine, whatever was measured there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(crossovers, "density", lambda *_: 0.2)
+        yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -238,7 +238,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     said = capsys.readouterr().out
-    commands = ("demo", "bench", "bench-compare", "check", "build", "info")
+    commands = ("demo", "bench", "bench-compare", "check", "tune", "build", "info")
     assert stop.value.code == 0 and all(name in said for name in commands)
 
 
