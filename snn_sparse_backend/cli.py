@@ -193,7 +193,11 @@ def _tune(args: argparse.Namespace) -> int:
     elif args.defaults:
         tune.print_defaults()
     else:
-        tune.run(console)
+        try:
+            tune.run(console)
+        except tune.BusyError as error:
+            print(f"{PROGRAM} tune: {error}", file=sys.stderr)
+            return 2
     return 0
 
 

@@ -30,15 +30,20 @@ ROWS, INPUTS, OUTPUTS = 2048, 1000, (10, 32, 100, 320, 1000)
 # Inputs and outputs where it is found out how many rows it takes: one where a product is cheap, one where it is not.
 _SMALL, _LARGE, _MOST_ROWS = (100, 64), (1000, 1000), 1024
 _LOWEST = 1e-3  # densities below are as good as zero
-_HALVINGS = 7
-_ROUNDS = 4
+_HALVINGS, _TRIES, _NEIGHBOURHOOD = 6, 4, 3.0
+_ROUNDS, _SWEEP_ROUNDS = 4, 8
 _ROUND_SECONDS = 4e-4  # of each way
 
 # The sweep: a wide hidden layer, a narrow one, a readout, and hidden layers in a single time step.
 SWEEP_SHAPES = ((6400, 1000, 1000), (6400, 200, 200), (6400, 1000, 20), (64, 1000, 1000), (64, 200, 200))
 SWEEP_DENSITIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0)
 
+_OPTIONS = Options()
 Call = Callable[[], Any]
+
+
+class BusyError(RuntimeError):
+    """Measurements contradict each other."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Layer:
         return torch.randn(shape, dtype=self.dtype, generator=self._random)
 
     def ways(self, product: str, share: float) -> Ways:
-        """A product with spikes, or active sites, of a density, counted and done as the tapes do it."""
+        """A product with spikes, or active sites, of a density, done as the tapes do it."""
         rows, inputs, _ = self.shape
         x = torch.rand(rows, inputs, generator=self._random).lt(share).to(self.dtype)
         raster = kernels.pack(x)
@@ -92,14 +97,13 @@ class Layer:
         return kernels.dense_product(self._grad, self._weight)
 
     def _pays(self, product: str, raster: Raster) -> bool:
-        raster.ones = None  # counting is part of the choice
         share = kernels.density(raster)
         assert share is not None
-        return share <= Options().crossover_on(raster.device, product, *self.shape)
+        return share <= _OPTIONS.crossover_on(raster.device, product, *self.shape)
 
 
 def race(*calls: Call, rounds: int = _ROUNDS) -> list[float]:
-    """Seconds that each call takes, the least of several rounds in which they run in turn."""
+    """Seconds that each call takes, the least of several rounds in which they run in turn, back and forth."""
     repeats, best = [], []
     for call in calls:
         call()  # the first may set something up
@@ -107,12 +111,14 @@ def race(*calls: Call, rounds: int = _ROUNDS) -> list[float]:
         call()
         best.append(perf_counter() - start)
         repeats.append(max(1, int(_ROUND_SECONDS / max(best[-1], 1e-9))))
+    order = list(range(len(calls)))
     for _ in range(rounds):
-        for i, call in enumerate(calls):
+        for i in order:
             start = perf_counter()
             for _ in range(repeats[i]):
-                call()
+                calls[i]()
             best[i] = min(best[i], (perf_counter() - start) / repeats[i])
+        order.reverse()  # none always finds the caches as the same other one left them
     return best
 
 
@@ -122,16 +128,39 @@ def _sparse_wins(layer: Layer, product: str, share: float) -> bool:
     return sparse < dense
 
 
-def crossing(wins: Callable[[float], bool], low: float, high: float) -> float:
+def crossing(wins: Callable[[float], bool], low: float, high: float, halvings: int = _HALVINGS) -> float:
     """Where ``wins`` changes from true to false, by halving the ratio of the bounds; 0 if it is never true."""
     if not wins(low):
         return 0.0
     if wins(high):
         return high
-    for _ in range(_HALVINGS):
+    for _ in range(halvings):
         middle = (low * high) ** 0.5
         low, high = (middle, high) if wins(middle) else (low, middle)
     return (low * high) ** 0.5
+
+
+def confirmed_crossing(wins: Callable[[float], bool], low: float, high: float) -> float:
+    """The crossing, looked for again in its neighbourhood.
+
+    Raises:
+        BusyError: what is found is not found again, several times.
+    """
+    found = []
+    for _ in range(_TRIES):
+        first = crossing(wins, low, high)
+        if first in (0.0, high):
+            if wins(low if first == 0.0 else high) == (first == high):
+                return first
+            found.append(first)
+            continue
+        far = min(high, _NEIGHBOURHOOD * first)
+        second = crossing(wins, max(low, first / _NEIGHBOURHOOD), far, _HALVINGS // 2)
+        if 0.0 < second < far:
+            return (first * second) ** 0.5
+        found.append(first)
+    raise BusyError("the same measurement gave " + ", then ".join(f"{value:.3g}" for value in found)
+                    + ", never confirmed; is the machine busy with something else? Nothing was kept.")
 
 
 def crossover_of(product: str, progress: Callable[[], Any] = lambda: None) -> Crossover:
@@ -140,14 +169,18 @@ def crossover_of(product: str, progress: Callable[[], Any] = lambda: None) -> Cr
     Args:
         product: one of ``PRODUCTS``.
         progress: called after each of ``PARTS`` parts.
+
+    Raises:
+        BusyError: the machine does too much else for that.
     """
 
     def equal_at(outputs: int) -> float:
         layer = Layer(ROWS, INPUTS, outputs)
-        return round(crossing(lambda share: _sparse_wins(layer, product, share), _LOWEST, 1.0), 4)
+        return round(confirmed_crossing(lambda share: _sparse_wins(layer, product, share), _LOWEST, 1.0), 4)
 
     def fewest_rows(size: tuple[int, int]) -> float:
-        return crossing(lambda rows: not _sparse_wins(Layer(round(rows), *size), product, _LOWEST), 1.0, _MOST_ROWS)
+        return confirmed_crossing(lambda rows: not _sparse_wins(Layer(round(rows), *size), product, _LOWEST), 1.0,
+                                  _MOST_ROWS)
 
     def counted(value: float) -> float:
         progress()
@@ -166,7 +199,11 @@ PARTS = len(OUTPUTS) + 2
 
 
 def measure() -> Table:
-    """Measures all products with the threads in force; takes less than a minute."""
+    """Measures all products with the threads in force; takes less than a minute.
+
+    Raises:
+        BusyError: the machine does too much else for that.
+    """
     with tqdm(total=len(PRODUCTS) * PARTS, desc="tune", dynamic_ncols=True, disable=None) as bar:
         return {product: crossover_of(product, bar.update) for product in PRODUCTS}
 
@@ -175,15 +212,17 @@ def sweep() -> Iterator[dict[str, Any]]:
     """Over shapes, products and densities: what both ways take, and what the choice in force makes of it.
 
     Yields:
-        Rows with ``product, rows, inputs, outputs, density, sparse_us, dense_us, chosen_us, ratio``. Chosen: counting
-        the spikes and choosing, then the way that was chosen; ratio: the better of both ways over that, at best 1.
+        Rows with ``product, rows, inputs, outputs, density, sparse_us, dense_us, chosen_us, ratio``. Chosen: asking
+        for the crossover, then the way that was chosen; ratio: the better of both ways over that, at best 1. The
+        spikes were counted before, where they were made.
     """
     for shape in SWEEP_SHAPES:
         layer = Layer(*shape)
         for product in PRODUCTS:
             for share in SWEEP_DENSITIES:
                 ways = layer.ways(product, share)
-                sparse, dense, chosen = (1e6 * t for t in race(ways.sparse, ways.dense, ways.chosen))
+                sparse, dense, chosen = (1e6 * t for t in race(ways.sparse, ways.dense, ways.chosen,
+                                                                      rounds=_SWEEP_ROUNDS))
                 yield {"product": product, **dict(zip(("rows", "inputs", "outputs"), shape, strict=True)),
                        "density": share, "sparse_us": sparse, "dense_us": dense, "chosen_us": chosen,
                        "ratio": min(sparse, dense) / chosen}
@@ -217,10 +256,11 @@ def show(console: Console) -> None:
 
 def run_sweep(console: Console, out: Path | None) -> None:
     """Shows, and writes as JSON, how well the choice in force does."""
-    table = RichTable("product", title="chosen: counted and chosen; ratio: the better of both over chosen",
+    table = RichTable(title="chosen: the choice included; ratio: the better of both over chosen",
                       title_justify="left")
-    for heading in ("shape", "density", "sparse us", "dense us", "chosen us", "ratio"):
-        table.add_column(heading, justify="right")
+    table.add_column("product", no_wrap=True)
+    for heading in ("shape", "density", "sparse\nus", "dense\nus", "chosen\nus", "ratio"):
+        table.add_column(heading, justify="right", no_wrap=True)
     rows, total = [], len(SWEEP_SHAPES) * len(PRODUCTS) * len(SWEEP_DENSITIES)
     for row in tqdm(sweep(), total=total, desc="sweep", dynamic_ncols=True, disable=None):
         rows.append(row)

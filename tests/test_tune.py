@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import runpy
 import subprocess
 import warnings
@@ -266,11 +268,33 @@ def test_a_well_formed_file_is_no_broken_one(nothing_measured: Path) -> None:
 # --------------------------------------------------------------------------------------------------- measuring
 
 
+@pytest.mark.parametrize("find", [tune.crossing, tune.confirmed_crossing])
 @pytest.mark.parametrize("true_value", [0.0015, 0.05, 0.3, 0.9])
-def test_the_crossing_is_found(true_value: float) -> None:
-    found = tune.crossing(lambda share: share < true_value, 1e-3, 1.0)
-    assert found == pytest.approx(true_value, rel=0.03)
-    assert tune.crossing(lambda share: False, 1e-3, 1.0) == 0 and tune.crossing(lambda share: True, 1e-3, 1.0) == 1
+def test_the_crossing_is_found(true_value: float, find: Callable[..., float]) -> None:
+    assert find(lambda share: share < true_value, 1e-3, 1.0) == pytest.approx(true_value, rel=0.06)
+    assert find(lambda share: False, 1e-3, 1.0) == 0 and find(lambda share: True, 1e-3, 1.0) == 1
+
+
+def test_what_is_not_found_again_is_looked_for_anew() -> None:
+    first: list[int] = []
+
+    def wins(share: float) -> bool:
+        first.append(1)
+        return share < (0.004 if len(first) < 9 else 0.3)  # disturbed while it was looked for at first
+
+    assert tune.confirmed_crossing(wins, 1e-3, 1.0) == pytest.approx(0.3, rel=0.06)
+
+
+@pytest.mark.parametrize("answers", [(True, False), (False, True)], ids=str)
+def test_contradictions_are_an_error_and_keep_nothing(
+        answers: tuple[bool, ...], nothing_measured: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    turn = itertools.cycle(answers)
+    monkeypatch.setattr(tune, "_sparse_wins", lambda *_: next(turn))
+    assert main(["tune"]) == 2
+    said = capsys.readouterr().err
+    assert re.search("the same measurement gave .*, then .*, never confirmed; is the machine busy", said)
+    assert not nothing_measured.exists()
 
 
 def test_a_race_takes_turns_and_keeps_the_least_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +310,7 @@ def test_a_race_takes_turns_and_keeps_the_least_time(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(tune, "perf_counter", lambda: now[0])
     found = tune.race(call("a", [9, 5, 4, 3, 7]), call("b", [9, 2, 6, 6, 6]), rounds=3)
     assert found == [3, 2]
-    assert "".join(order) == "aabb" + "ab" * 3
+    assert "".join(order) == "aabb" + "ab" + "ba" + "ab"
 
 
 def test_short_calls_run_several_times_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,7 +341,7 @@ def test_the_constants_of_a_known_cost_are_found(monkeypatch: pytest.MonkeyPatch
     found = tune.crossover_of("forward", lambda: parts.append(1))
     assert len(parts) == tune.PARTS
     assert [found.density(MANY, 1, outputs) for outputs in (10, 32, 100, 320, 1000)] == pytest.approx(
-        [0.02, 0.02, 0.25, 0.25, 0.25], rel=0.04)
+        [0.02, 0.02, 0.25, 0.25, 0.25], rel=0.08)
     assert found.rows == pytest.approx(50, rel=0.1) and found.multiplications == pytest.approx(3e5, rel=0.1)
 
 
@@ -338,15 +362,14 @@ def test_both_ways_that_are_timed_give_the_same(product: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("limit", [0.0, 1.0])
-def test_the_chosen_way_counts_and_follows_the_crossover(limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chosen_way_follows_the_crossover(limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
     layer = tune.Layer(20, 30, 40)
     monkeypatch.setattr(layer, "_sparse", lambda *_: ran.append("sparse"))
     monkeypatch.setattr(layer, "_dense", lambda *_: ran.append("dense"))
-    monkeypatch.setattr(kernels, "count", lambda raster, real=kernels.count: ran.append("count") or real(raster))
     monkeypatch.setattr(crossovers, "density", lambda *question: {("forward", 20, 30, 40): limit}[question])
     layer.ways("forward", 0.5).chosen()
-    assert ran == ["count", "sparse" if limit else "dense"]
+    assert ran == ["sparse" if limit else "dense"]
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -377,6 +400,7 @@ def test_the_real_measurement_on_small_shapes(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(tune, "_LARGE", (120, 120))
     monkeypatch.setattr(tune, "_MOST_ROWS", 8)
     monkeypatch.setattr(tune, "_HALVINGS", 1)
+    monkeypatch.setattr(tune, "_TRIES", 1000)
     table = tune.measure()
     assert table.keys() == set(PRODUCTS)
     assert all([width for width, _ in found.by_outputs] == [10, 70] for found in table.values())
