@@ -166,16 +166,28 @@ class SynapseForward:
         weight: ``[outputs, inputs]``, detached.
         bias: ``[outputs]`` or None, detached.
         tiles: memory for the packed weights, if it fits.
+        chunk_ends: CPU only: ends of runs of inputs, each of which is summed apart from zero on; the bias and the sums
+            of the runs are then added in this order. Empty: one sum that starts from the bias.
+
+    Raises:
+        ValueError: the ends do not rise to the number of inputs.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, tiles: torch.Tensor | None = None) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, tiles: torch.Tensor | None = None,
+                 chunk_ends: Sequence[int] = ()) -> None:
         self.outputs, self.inputs = weight.shape
+        if chunk_ends and (list(chunk_ends) != sorted(set(chunk_ends)) or chunk_ends[0] <= 0
+                           or chunk_ends[-1] != self.inputs):
+            raise ValueError(f"chunk_ends: expected ends that rise to {self.inputs}, got {tuple(chunk_ends)}")
         self.tiles = pack_weights(weight, tiles)
         self.bias = bias.contiguous() if bias is not None else None
         self._arguments = STRUCTS["SnnSynapseForward"](
             inputs=self.inputs, outputs=self.outputs, tiles=self.tiles.data_ptr(), dtype=DTYPES[weight.dtype],
-            bias=self.bias.data_ptr() if self.bias is not None else None,
+            bias=self.bias.data_ptr() if self.bias is not None else None, chunks=len(chunk_ends),
         )
+        self._chunk_ends = (ctypes.c_int64 * len(chunk_ends))(*chunk_ends)
+        if chunk_ends:
+            self._arguments.chunk_ends = ctypes.addressof(self._chunk_ends)
         self._address, self._kernel = ctypes.addressof(self._arguments), kernel("synapse_forward", weight.device)
 
     def __call__(self, raster: Raster, factors: torch.Tensor | None = None) -> torch.Tensor:

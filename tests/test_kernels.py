@@ -68,6 +68,34 @@ def test_synapses(rows: int, inputs: int, outputs: int, density: float, dtype: t
     compare_synapse(rows, inputs, outputs, density, dtype, block_rows, seed, bias)
 
 
+@settings(quick, max_examples=40)
+@given(st.integers(1, 90), SIZES, SIZES, DENSITIES, st.sampled_from(DTYPES), SEEDS, st.booleans(), st.integers(0, 2),
+       st.data())
+@example(1100, 130, 200, 0.2, torch.float32, 0, True, 2, None)
+def test_forward_in_runs(rows: int, inputs: int, outputs: int, density: float, dtype: torch.dtype, seed: int,
+                         bias: bool, limit: int, data: st.DataObject | None) -> None:
+    """The order of the additions, bit for bit."""
+    inner = data.draw(st.sets(st.integers(1, inputs), max_size=4)) if data is not None else {64, 100}
+    ends, dense = sorted(inner | {inputs}), spikes(rows, inputs, density, seed)
+    weight, offset = torch.randn(outputs, inputs, dtype=dtype), torch.randn(outputs, dtype=dtype) if bias else None
+    raster = kernels.pack(dense.to(dtype))
+    assert raster is not None
+    try:
+        native.instruction_set(limit)
+        found = kernels.SynapseForward(weight, offset, chunk_ends=ends)(raster)
+        whole = kernels.SynapseForward(weight, None)(raster)
+    finally:
+        native.instruction_set(2)
+    identical([found], [reference.synapse_forward_in_runs(dense, weight, offset, ends)])
+    identical([whole], [reference.synapse_forward_in_runs(dense, weight, None, [inputs])])
+
+
+def test_ends_of_runs_rise_to_the_end() -> None:
+    for ends in ((3,), (6,), (2, 2, 5), (4, 2, 5), (0, 5)):
+        with pytest.raises(ValueError, match="rise to 5"):
+            kernels.SynapseForward(torch.ones(3, 5), None, chunk_ends=ends)
+
+
 @pytest.mark.parametrize("name", MODELS)
 @settings(quick, max_examples=30)
 @given(st.sampled_from(SURROGATES), st.integers(1, 7), st.integers(1, 20), SIZES, st.sampled_from(DTYPES), SEEDS,

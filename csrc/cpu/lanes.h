@@ -65,6 +65,18 @@ inline const double* expand_lanes(const double* packed, uint64_t word, double* l
   return packed;
 }
 
+// Writes first + k for each set bit k and returns the end; may overwrite up to 64 values behind it.
+inline uint32_t* append_bits(uint64_t word, uint32_t first, uint32_t* out) {
+  const __m512i count = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (int i = 0; i < 4; i++) {
+    const __mmask16 mask = static_cast<__mmask16>(word >> (16 * i));
+    const __m512i index = _mm512_add_epi32(count, _mm512_set1_epi32(static_cast<int>(first) + 16 * i));
+    _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(mask, index));
+    out += count_bits(mask);
+  }
+  return out;
+}
+
 #else
 
 #if defined(__AVX2__)
@@ -100,6 +112,10 @@ template <class T> inline const T* expand_lanes(const T* packed, uint64_t word, 
   for (int k = 0; k < 64; k++) lane[k] = T(0);
   for_each_bit(word, [&](int k) { lane[k] = *packed++; });
   return packed;
+}
+inline uint32_t* append_bits(uint64_t word, uint32_t first, uint32_t* out) {
+  for_each_bit(word, [&](int k) { *out++ = first + static_cast<uint32_t>(k); });
+  return out;
 }
 
 #endif

@@ -66,5 +66,23 @@ template <class T> class Scratch {
   std::unique_ptr<T, Free> data_;
 };
 
+// Working memory that may grow, uninitialised: on the stack as long as `kLocal` elements are enough.
+template <class T, int64_t kLocal> class Buffer {
+ public:
+  T* room(int64_t count) {  // what was in it is lost
+    if (count > room_) {
+      heap_ = std::make_unique<Scratch<T>>(count);
+      room_ = count;
+    }
+    return get();
+  }
+  T* get() { return heap_ ? heap_->get() : local_; }
+
+ private:
+  alignas(64) T local_[kLocal];
+  std::unique_ptr<Scratch<T>> heap_;
+  int64_t room_ = kLocal;
+};
+
 }  // namespace SSB_ISA
 }  // namespace snn

@@ -2,36 +2,15 @@
 // blocks so that one tile of the gradients stays in the second-level cache. Each result is the sum over its events in
 // row order, whatever the number of threads.
 #include <algorithm>
-#include <vector>
 
 #include "../raster.h"
+#include "currents.h"
 #include "kernels.h"
 #include "parallel.h"
 
 namespace snn {
 namespace SSB_ISA {
 namespace {
-
-template <class T> struct TileSum {
-  Vector<T> v[kTileVectors<T>];
-  SNN_HD void zero() {
-    for (auto& x : v) x = Vector<T>{};
-  }
-  SNN_HD void set(const T* p) {
-    for (int i = 0; i < kTileVectors<T>; i++) v[i] = load(p + i * kVectorLanes<T>);
-  }
-  SNN_HD void add(const T* p) {
-    for (int i = 0; i < kTileVectors<T>; i++) v[i] += load(p + i * kVectorLanes<T>);
-  }
-  SNN_HD void add(const TileSum& other) {
-    for (int i = 0; i < kTileVectors<T>; i++) v[i] += other.v[i];
-  }
-  SNN_HD void put(T* p) const {
-    for (int i = 0; i < kTileVectors<T>; i++) store(p + i * kVectorLanes<T>, v[i]);
-  }
-};
-
-int64_t tiles_of(int64_t columns) { return (columns + kTile - 1) / kTile; }
 
 // ---------------------------------------------------------------------------------------------- weights
 
@@ -55,41 +34,40 @@ template <class T> int64_t pack(const SnnPackWeights& a) {
 
 // ---------------------------------------------------------------------------------------------- forward
 
+// Rows of a block, over which weight tiles are reused from the second-level cache.
+constexpr int64_t kForwardRows = 1024;
+
+// Where there are few blocks, threads share the tiles of one; each lists its events for itself.
 template <class T> int64_t forward(const SnnSynapseForward& a) {
-  const int64_t words = words_of(a.inputs), tiles = tiles_of(a.outputs);
-  constexpr int64_t kRows = 256;
-  for (int64_t first = 0; first < a.rows; first += kRows) {
-    const int64_t rows = std::min(kRows, a.rows - first);
-    std::vector<int64_t> start(rows + 1, 0);
-    for (int64_t r = 0; r < rows; r++)
-      start[r + 1] = start[r] + raster_count({a.raster + (first + r) * words, words});
-    Scratch<uint32_t> event(start[rows]);
-    for (int64_t r = 0; r < rows; r++) {
-      uint32_t* next = event.get() + start[r];
-      for (int64_t w = 0; w < words; w++)
-        for_each_bit(a.raster[(first + r) * words + w],
-                     [&](int bit) { *next++ = static_cast<uint32_t>(64 * w + bit); });
-    }
-    parallel_for(tiles, a.threads, [&](int64_t tile) {
-      const T* weight = static_cast<const T*>(a.tiles) + tile * a.inputs * kTile;
-      const int64_t lanes = std::min<int64_t>(kTile, a.outputs - tile * kTile);
-      T bias[kTile] = {};
-      if (a.bias) std::copy_n(static_cast<const T*>(a.bias) + tile * kTile, lanes, bias);
-      for (int64_t r = 0; r < rows; r++) {
-        TileSum<T> sum;
-        sum.set(bias);
-        for (int64_t e = start[r]; e < start[r + 1]; e++) sum.add(weight + static_cast<int64_t>(event[e]) * kTile);
-        T* out = static_cast<T*>(a.current) + (first + r) * a.outputs + tile * kTile;
-        if (lanes == kTile) {
-          sum.put(out);
-        } else {
-          T padded[kTile];
-          sum.put(padded);
-          std::copy_n(padded, lanes, out);
-        }
+  const int64_t tiles = tiles_of(a.outputs);
+  if (!tiles || !a.rows) return 0;
+  const int64_t block_rows = kForwardRows, blocks = (a.rows + block_rows - 1) / block_rows;
+  const int64_t parts = blocks >= 8 * a.threads ? 1 : std::min<int64_t>(tiles, a.threads);
+  parallel_for(blocks * parts, a.threads, [&](int64_t task) {
+    const int64_t first = task / parts * block_rows, rows = std::min(block_rows, a.rows - first), part = task % parts;
+    const int64_t words = words_of(a.inputs), end = tiles * (part + 1) / parts;
+    RowEvents events(a);
+    events.list(a.raster + first * words, rows);
+    T* out = static_cast<T*>(a.current) + first * a.outputs;
+    for (int64_t tile = tiles * part / parts; tile < end;) {
+      const bool several = end - tile >= kTilesAtOnce<T> && (tile + kTilesAtOnce<T>)*kTile <= a.outputs;
+      if (several) {
+        const CurrentTiles<T, kTilesAtOnce<T>> current(a, tile);
+        for (int64_t r = 0; r < rows; r++) current.sum(events, r, out + r * a.outputs + tile * kTile);
+        tile += kTilesAtOnce<T>;
+        continue;
       }
-    });
-  }
+      const CurrentTiles<T, 1> current(a, tile);
+      const int64_t lanes = std::min<int64_t>(kTile, a.outputs - tile * kTile);
+      T padded[kTile];
+      for (int64_t r = 0; r < rows; r++) {
+        T* place = out + r * a.outputs + tile * kTile;
+        current.sum(events, r, lanes == kTile ? place : padded);
+        if (lanes < kTile) std::copy_n(padded, lanes, place);
+      }
+      tile++;
+    }
+  });
   return 0;
 }
 
