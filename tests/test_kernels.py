@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,31 +46,55 @@ from snn_sparse_backend.surrogate import Surrogate
 SIZES = st.one_of(st.sampled_from([1, 63, 64, 65, 127, 128, 129, 192, 200]), st.integers(1, 200))
 DENSITIES = st.one_of(st.sampled_from([0.0, 0.02, 0.3, 1.0]), st.floats(0, 1))
 SEEDS = st.integers(0, 2**31)
+LIMITS = st.integers(0, 2)  # see `instructions`
 quick = settings(derandomize=True, deadline=None, database=None, max_examples=60)
 
 
 # ---- the comparisons, drawn ------------------------------------------------------------------------------------------
 
 
-@quick
-@given(SIZES, SIZES, DENSITIES, st.sampled_from(DTYPES), st.sampled_from([64, 128, 1024]), SEEDS)
-@example(2100, 70, 0.1, torch.float32, 1024, 0)
-@example(70000, 3, 0.5, torch.float32, 65536, 1)
-def test_rasters(rows: int, cols: int, density: float, dtype: torch.dtype, block_rows: int, seed: int) -> None:
-    compare_rasters(rows, cols, density, dtype, block_rows, seed)
+@contextmanager
+def instructions(limit: int) -> Iterator[None]:
+    """0, 1, 2: baseline, AVX2, AVX-512 where the processor has them."""
+    try:
+        native.instruction_set(limit)
+        yield
+    finally:
+        native.instruction_set(2)
 
 
 @quick
-@given(SIZES, SIZES, SIZES, DENSITIES, st.sampled_from(DTYPES), st.sampled_from([64, 128, 1024]), SEEDS, st.booleans())
-@example(2100, 70, 65, 0.1, torch.float32, 1024, 0, True)
-@example(700, 130, 200, 0.5, torch.float64, 1024, 1, False)
+@given(SIZES, SIZES, DENSITIES, st.sampled_from(DTYPES), st.sampled_from([64, 128, 1024]), SEEDS, LIMITS)
+@example(2100, 70, 0.1, torch.float32, 1024, 0, 2)
+@example(70000, 3, 0.5, torch.float32, 65536, 1, 2)
+def test_rasters(rows: int, cols: int, density: float, dtype: torch.dtype, block_rows: int, seed: int,
+                 limit: int) -> None:
+    with instructions(limit):
+        compare_rasters(rows, cols, density, dtype, block_rows, seed)
+
+
+@quick
+@given(SIZES, SIZES, SIZES, DENSITIES, st.sampled_from(DTYPES), st.sampled_from([64, 128, 1024]), SEEDS, st.booleans(),
+       LIMITS)
+@example(2100, 70, 65, 0.1, torch.float32, 1024, 0, True, 2)
+@example(700, 130, 200, 0.5, torch.float64, 1024, 1, False, 2)
 def test_synapses(rows: int, inputs: int, outputs: int, density: float, dtype: torch.dtype, block_rows: int, seed: int,
-                  bias: bool) -> None:
-    compare_synapse(rows, inputs, outputs, density, dtype, block_rows, seed, bias)
+                  bias: bool, limit: int) -> None:
+    with instructions(limit):
+        compare_synapse(rows, inputs, outputs, density, dtype, block_rows, seed, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("limit", [0, 1, 2])
+def test_synapses_of_every_width(limit: int, dtype: torch.dtype) -> None:
+    """Each number of vectors that a strip of outputs may have, and a lane more or less."""
+    with instructions(limit):
+        for outputs in {k + d for k in range(0, 129, 8 if dtype is torch.float32 else 4) for d in (-1, 0, 1)} - {-1, 0}:
+            compare_synapse(70, 40, outputs, 0.2, dtype, 64, outputs)
 
 
 @settings(quick, max_examples=40)
-@given(st.integers(1, 90), SIZES, SIZES, DENSITIES, st.sampled_from(DTYPES), SEEDS, st.booleans(), st.integers(0, 2),
+@given(st.integers(1, 90), SIZES, SIZES, DENSITIES, st.sampled_from(DTYPES), SEEDS, st.booleans(), LIMITS,
        st.data())
 @example(1100, 130, 200, 0.2, torch.float32, 0, True, 2, None)
 def test_forward_in_runs(rows: int, inputs: int, outputs: int, density: float, dtype: torch.dtype, seed: int,
@@ -80,12 +105,9 @@ def test_forward_in_runs(rows: int, inputs: int, outputs: int, density: float, d
     weight, offset = torch.randn(outputs, inputs, dtype=dtype), torch.randn(outputs, dtype=dtype) if bias else None
     raster = kernels.pack(dense.to(dtype))
     assert raster is not None
-    try:
-        native.instruction_set(limit)
+    with instructions(limit):
         found = kernels.SynapseForward(weight, offset, chunk_ends=ends)(raster)
         whole = kernels.SynapseForward(weight, None)(raster)
-    finally:
-        native.instruction_set(2)
     identical([found], [reference.synapse_forward_in_runs(dense, weight, offset, ends)])
     identical([whole], [reference.synapse_forward_in_runs(dense, weight, None, [inputs])])
 
@@ -358,7 +380,7 @@ def test_a_cutoff_is_a_window(dtype: torch.dtype) -> None:
 
 PLANTED = {
     "neurons/leaky.h": ("a = a + phi;", "a = a - phi;"),
-    "cpu/synapse.cpp": ("odd.add(grad + a.row[e + 1] * kTile);", "odd.add(grad + a.row[e] * kTile);"),
+    "cpu/synapse_gradients.cpp": ("odd.add(grad + a.row[e + 1] * columns);", "odd.add(grad + a.row[e] * columns);"),
     "cpu/raster.cpp": ("out_words + band] = block[k];", "out_words + band] = block[63 - k];"),
 }
 

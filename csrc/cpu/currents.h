@@ -7,28 +7,10 @@
 #include "../raster.h"
 #include "lanes.h"
 #include "parallel.h"
+#include "strips.h"
 
 namespace snn {
 namespace SSB_ISA {
-
-template <class T> struct TileSum {
-  Vector<T> v[kTileVectors<T>];
-  SNN_HD void zero() {
-    for (auto& x : v) x = Vector<T>{};
-  }
-  SNN_HD void set(const T* p) {
-    for (int i = 0; i < kTileVectors<T>; i++) v[i] = load(p + i * kVectorLanes<T>);
-  }
-  SNN_HD void add(const T* p) {
-    for (int i = 0; i < kTileVectors<T>; i++) v[i] += load(p + i * kVectorLanes<T>);
-  }
-  SNN_HD void add(const TileSum& other) {
-    for (int i = 0; i < kTileVectors<T>; i++) v[i] += other.v[i];
-  }
-  SNN_HD void put(T* p) const {
-    for (int i = 0; i < kTileVectors<T>; i++) store(p + i * kVectorLanes<T>, v[i]);
-  }
-};
 
 inline int64_t tiles_of(int64_t columns) { return (columns + kTile - 1) / kTile; }
 
@@ -69,11 +51,14 @@ class RowEvents {
   Buffer<int64_t, 256> starts_;
 };
 
-// Some tiles side by side, kept in registers: the more, the fewer ends of loops, which processors predict badly.
+// Some tiles side by side.
 template <class T, int kTiles> class CurrentTiles {
+  using Sum = Strip<T, std::min(kStripVectors, kTiles * kTile / kVectorLanes<T>)>;
+
  public:
   CurrentTiles(const SnnSynapseForward& a, int64_t tile)
-      : weight_(static_cast<const T*>(a.tiles) + tile * a.inputs * kTile), stride_(a.inputs * kTile), chunks_(a.chunks) {
+      : weight_(static_cast<const T*>(a.tiles) + tile * a.inputs * kTile), stride_(a.inputs * kTile),
+        chunks_(a.chunks) {
     const int64_t lanes = std::min<int64_t>(kTiles * kTile, a.outputs - tile * kTile);
     std::fill(bias_, bias_ + kTiles * kTile, T(0));
     if (a.bias) std::copy_n(static_cast<const T*>(a.bias) + tile * kTile, lanes, bias_);
@@ -83,27 +68,26 @@ template <class T, int kTiles> class CurrentTiles {
   SNN_HD void sum(RowEvents& events, int64_t row, T* out) const {
     const uint32_t* event = events.events();
     const int64_t* start = events.starts(row);
-    if (!chunks_) return run(event + start[0], event + start[1], bias_, nullptr, out);
-    const T* before = bias_;
-    for (int64_t k = 0; k < chunks_; k++, before = out) run(event + start[k], event + start[k + 1], nullptr, before, out);
+    for (int64_t k = 0; k < kTiles * kTile; k += Sum::kColumns) {
+      const T *weight = weight_ + k / kTile * stride_ + k % kTile, *before = bias_ + k;
+      if (!chunks_) run(weight, event + start[0], event + start[1], before, nullptr, out + k);
+      for (int64_t i = 0; i < chunks_; i++, before = out + k)
+        run(weight, event + start[i], event + start[i + 1], nullptr, before, out + k);
+    }
   }
 
  private:
   // out = from + events, or, where they are summed from zero on, + `plus` afterwards
-  SNN_HD void run(const uint32_t* event, const uint32_t* end, const T* from, const T* plus, T* out) const {
-    TileSum<T> sum[kTiles];
-    for (int i = 0; i < kTiles; i++) {
-      if (from)
-        sum[i].set(from + i * kTile);
-      else
-        sum[i].zero();
-    }
-    for (; event != end; event++)
-      for (int i = 0; i < kTiles; i++) sum[i].add(weight_ + i * stride_ + static_cast<int64_t>(*event) * kTile);
-    for (int i = 0; i < kTiles; i++) {
-      if (plus) sum[i].add(plus + i * kTile);
-      sum[i].put(out + i * kTile);
-    }
+  SNN_HD void run(const T* weight, const uint32_t* event, const uint32_t* end, const T* from, const T* plus,
+                  T* out) const {
+    Sum sum;
+    if (from)
+      sum.set(from);
+    else
+      sum.zero();
+    for (; event != end; event++) sum.add_weights(weight + static_cast<int64_t>(*event) * kTile, stride_);
+    if (plus) sum.add(plus);
+    sum.put(out);
   }
 
   const T* weight_;
@@ -111,12 +95,8 @@ template <class T, int kTiles> class CurrentTiles {
   alignas(64) T bias_[kTiles * kTile];
 };
 
-// As many as leave registers free for the loads: there are 32 with AVX-512 and 16 otherwise.
-#if defined(__AVX512F__)
-template <class T> constexpr int kTilesAtOnce = sizeof(T) == 4 ? 2 : 1;
-#else
-template <class T> constexpr int kTilesAtOnce = 1;
-#endif
+// As many as the widest strip spans.
+template <class T> constexpr int kTilesAtOnce = std::max<int>(1, Strip<T, kStripVectors>::kColumns / kTile);
 
 }  // namespace SSB_ISA
 }  // namespace snn

@@ -33,17 +33,23 @@ template <class Task> inline void parallel_for(int64_t count, int threads, Task 
   if (failed.load()) throw std::bad_alloc();
 }
 
-// 64 bytes of T: one AVX-512 register, two of AVX2, four of NEON; the compiler splits it.
+// One register of T. (Wider ones, which the compiler would have to split, it keeps in memory.)
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
 template <class T> struct VectorOf;
 template <> struct VectorOf<float> {
-  typedef float type __attribute__((vector_size(64), aligned(4), may_alias));
+  typedef float type __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
 };
 template <> struct VectorOf<double> {
-  typedef double type __attribute__((vector_size(64), aligned(8), may_alias));
+  typedef double type __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
 };
 template <class T> using Vector = typename VectorOf<T>::type;
-template <class T> constexpr int kVectorLanes = 64 / sizeof(T);
-template <class T> constexpr int kTileVectors = 64 / kVectorLanes<T>;
+template <class T> constexpr int kVectorLanes = kVectorBytes / sizeof(T);
 
 template <class T> SNN_HD Vector<T> load(const T* p) { return *reinterpret_cast<const Vector<T>*>(p); }
 template <class T> SNN_HD void store(T* p, const Vector<T>& v) { *reinterpret_cast<Vector<T>*>(p) = v; }

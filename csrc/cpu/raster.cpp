@@ -3,9 +3,9 @@
 
 #include <algorithm>
 #include <atomic>
-#include <vector>
 
 #include "kernels.h"
+#include "lanes.h"
 #include "parallel.h"
 
 namespace snn {
@@ -83,6 +83,51 @@ bool load_block(const uint64_t* words, int64_t stride, int64_t first, int64_t ro
   return any != 0;
 }
 
+// The column lists of block k, 64 columns at a time, sorted by counting. Its events, row by row, are `base` to `end`.
+void columns_of_block(const SnnRasterColumns& a, int64_t k, int64_t base, int64_t end) {
+  const int64_t words = words_of(a.cols), first = k * a.block_rows, rows = std::min(a.block_rows, a.rows - first);
+  const uint64_t* raster = a.words + first * words;
+  int64_t* const start = a.start + k * (a.cols + 1);
+  Buffer<uint32_t, 2048> listed;
+  Buffer<int64_t, 1024> before, shifts;
+  uint32_t* const events = listed.room(end - base + 64);  // row * 64 + lane; append_bits writes beyond the end
+  int64_t* const rank = before.room(a.rank ? rows : 0);   // the rank of the next event of each row
+  int64_t* const shift = shifts.room(a.rank ? rows : 0);  // from places in the list to ranks
+  for (int64_t r = 0, next = base; a.rank && r < rows; r++) {
+    rank[r] = next;
+    next += raster_count({raster + r * words, words});
+  }
+  int64_t place = base;
+  for (int64_t w = 0; w < words; w++) {
+    uint32_t* last = events;
+    for (int64_t r = 0; r < rows; r++) {
+      const uint64_t word = raster[r * words + w];
+      if (a.rank) {
+        shift[r] = rank[r] - (last - events);
+        rank[r] += count_bits(word);
+      }
+      last = append_bits(word, static_cast<uint32_t>(64 * r), last);
+    }
+    // Stores wait for their cache lines one after the other: fetch those of these columns all at once.
+    for (int64_t i = 0; a.rank && i < last - events; i += 8) __builtin_prefetch(a.rank + place + i, 1);
+    int64_t next[64] = {};
+    for (const uint32_t* event = events; event != last; event++) next[*event % 64]++;
+    const int64_t lanes = lanes_of(a.cols, w);
+    for (int64_t j = 0; j < lanes; j++) {
+      start[64 * w + j] = place;
+      place += next[j];
+      next[j] = start[64 * w + j];
+    }
+    for (const uint32_t* event = events; event != last; event++) {
+      const uint32_t row = *event / 64;
+      const int64_t to = next[*event % 64]++;
+      a.row[to] = static_cast<uint16_t>(row);
+      if (a.rank) a.rank[to] = shift[row] + (event - events);
+    }
+  }
+  start[a.cols] = place;
+}
+
 }  // namespace
 
 int64_t raster_pack(const SnnRasterPack& a) { return a.dtype == kFloat32 ? pack<float>(a) : pack<double>(a); }
@@ -109,36 +154,16 @@ int64_t raster_count(const SnnRasterCount& a) {
 
 int64_t raster_columns(const SnnRasterColumns& a) {
   const int64_t words = words_of(a.cols), blocks = (a.rows + a.block_rows - 1) / a.block_rows;
-  std::vector<int64_t> row_start(a.rows + 1, 0);
-  for (int64_t r = 0; r < a.rows; r++)
-    row_start[r + 1] = row_start[r] + raster_count({a.words + r * words, words});
-  parallel_for(blocks, a.threads, [&](int64_t k) {
-    const int64_t first = k * a.block_rows, rows = std::min(a.block_rows, a.rows - first), bands = words_of(rows);
-    Scratch<uint64_t> block(bands * 64);
-    Scratch<uint8_t> filled(bands);
-    std::vector<int64_t> next(row_start.begin() + first, row_start.begin() + first + rows);
-    int64_t* start = a.start + k * (a.cols + 1);
-    int64_t event = row_start[first];
-    for (int64_t w = 0; w < words; w++) {
-      for (int64_t band = 0; band < bands; band++)
-        filled[band] = load_block(a.words, words, first + 64 * band, lanes_of(rows, band), w, &block[64 * band]);
-      const int64_t lanes = lanes_of(a.cols, w);
-      for (int64_t j = 0; j < lanes; j++) {
-        start[64 * w + j] = event;
-        for (int64_t band = 0; band < bands; band++) {
-          if (!filled[band]) continue;
-          for_each_bit(block[64 * band + j], [&](int bit) {
-            const int64_t row = 64 * band + bit;
-            a.row[event] = static_cast<uint16_t>(row);
-            if (a.rank) a.rank[event] = next[row]++;
-            event++;
-          });
-        }
-      }
-    }
-    start[a.cols] = event;
-  });
-  return row_start[a.rows];
+  Buffer<int64_t, 128> first_events;
+  int64_t *first_event = first_events.room(blocks + 1), total = 0;
+  for (int64_t k = 0; k < blocks; k++) {
+    const int64_t first = k * a.block_rows, rows = std::min(a.block_rows, a.rows - first);
+    first_event[k] = total;
+    total += raster_count({a.words + first * words, rows * words});
+  }
+  first_event[blocks] = total;
+  parallel_for(blocks, a.threads, [&](int64_t k) { columns_of_block(a, k, first_event[k], first_event[k + 1]); });
+  return total;
 }
 
 }  // namespace SSB_ISA
