@@ -22,7 +22,7 @@ template <class T, int kVectors> struct Strip {
   Vector<T> v[kVectors];
 
   SNN_HD void zero() {
-    for (auto& x : v) x = Vector<T>{};
+    for (int i = 0; i < kVectors; i++) v[i] = Vector<T>{};
   }
   SNN_HD void set(const T* p) {
     for (int i = 0; i < kVectors; i++) v[i] = load(p + i * kLanes);
