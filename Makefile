@@ -4,6 +4,8 @@ VENV ?= .venv
 LIB ?= snntorch
 ARGS ?=
 OUT ?= benchmarks/results/local
+THREADS ?= 1 2
+SWEEPS ?= density steps batch width
 TORCH ?= $(shell sed -n '/^torch==/p' constraints.txt)
 
 BIN := $(VENV)/bin
@@ -11,22 +13,27 @@ RUN := $(BIN)/python -m snn_sparse_backend
 # One stamp for each wish for torch: another TORCH installs again.
 STAMP := $(VENV)/.installed-$(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.+' '-')
 REQUIREMENTS := requirements/norse-without-torchvision.txt
+PEERS := requirements/peers.txt
+PEERS_STAMP := $(STAMP)-peers
 # A package as it is installed: the checkout has two of its folders elsewhere, and mypy follows no import hooks.
 LAYOUT := build/layout/snn_sparse_backend
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench gpu-check lint build clean
+.PHONY: help install demo test bench bench-compare gpu-check lint build clean
 
 help: ## show this
 	@echo 'usage: make TARGET [VARIABLE=value]'
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 	@echo 'variables'
 	@echo '  LIB         library of the demo: snntorch (default) or norse'
 	@echo '  ARGS        more arguments for bench or for pytest, e.g. make test ARGS="-k build -x"'
 	@echo '  TORCH       torch to install, e.g. make test TORCH=torch==2.12.1 (default: $(TORCH))'
 	@echo '  PYTHON      the Python that makes the virtual environment (default: python3); for gpu-check the one'
 	@echo '              that runs it, with torch, pytest and the rest: nothing is installed then'
-	@echo '  OUT         where gpu-check leaves its results (default: $(OUT))'
+	@echo '  OUT         where bench and gpu-check leave their results (default: $(OUT))'
+	@echo '  THREADS     numbers of threads that bench takes in turn (default: $(THREADS))'
+	@echo '  SWEEPS      sweeps of bench (default: $(SWEEPS))'
+	@echo '  OLD, NEW    the files of bench-compare'
 	@echo '  VENV        the virtual environment, made if it does not exist (default: .venv)'
 
 $(BIN)/python:
@@ -39,6 +46,11 @@ $(STAMP): pyproject.toml constraints.txt $(REQUIREMENTS) | $(BIN)/python
 	$(BIN)/python -m pip install -c $(VENV)/constraints.txt --no-deps -r $(REQUIREMENTS)
 	touch $@
 
+$(PEERS_STAMP): $(PEERS) $(STAMP)
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[bench]'
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt --no-deps -r $(PEERS)
+	touch $@
+
 install: $(STAMP) ## make the virtual environment and install into it
 
 build: $(STAMP) ## compile the core, unless it is in the cache already
@@ -47,8 +59,17 @@ build: $(STAMP) ## compile the core, unless it is in the cache already
 demo: $(STAMP) ## train a small network with and without the backend and draw both: demo-LIB.png
 	$(RUN) demo --library $(LIB) --out demo-$(LIB).png
 
-bench: $(STAMP) ## measure; ARGS go to the command
-	$(RUN) bench $(ARGS)
+# Kernels by themselves have no sweeps, and one number of threads.
+bench: $(PEERS_STAMP) ## measure beside all peers, and sweeps; ARGS go to the command
+ifneq ($(findstring --kernels,$(ARGS)),)
+	$(RUN) bench --out $(OUT) $(ARGS)
+else
+	$(RUN) bench --out $(OUT) --threads $(THREADS) $(ARGS)
+	$(RUN) bench --out $(OUT) --threads $(firstword $(THREADS)) --sweep $(SWEEPS) $(ARGS)
+endif
+
+bench-compare: $(STAMP) ## compare the ratios of OLD=old.json and NEW=new.json
+	$(RUN) bench-compare $(OLD) $(NEW)
 
 # A Python that the caller names has everything already, and there may be no network.
 GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON))

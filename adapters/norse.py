@@ -27,6 +27,7 @@ from ..compat.norse import input_drives_membrane_at_once, surrogate_of
 from ..config import Options, config
 from ..dynamics import LI as LI_DYNAMICS
 from ..dynamics import LIF as LIF_DYNAMICS
+from ..lanes import steps as lane_steps
 from ..native import DTYPES
 from ..neuron_tape import computing_dtype, run_neuron
 from ..recorder import Plan
@@ -71,6 +72,10 @@ def _forward(self: Any, host: Any, x: torch.Tensor, state: Any, sequence: bool) 
         return host(self, x, state)
     if not (sequence or options.fuse_steps) and _is_lif(self):
         return host(self, x, state)  # only Norse's own graph has the gradient at a spike with its part from the reset
+    if not sequence and isinstance(state, (LIFFeedForwardState, LIState)):
+        done = lane_steps.neuron(self, options, x, *state)
+        if done is not None:
+            return done[0], type(state)(*done[1:])
     problem = _problem(self, x, sequence)
     if problem is None:
         given = state is not None
@@ -84,6 +89,7 @@ def _forward(self: Any, host: Any, x: torch.Tensor, state: Any, sequence: bool) 
     if type(self) in _SWAPPED:
         synapses.switch("norse classes", True)
     synapses.learn_source(x, self, options_of)
+    lane_steps.prepare()
     record = sequence and self.record_states
     result = run_neuron(plan, x, [state.v, state.i], x.shape[0] if sequence else None, record)
     v, i = result.recorded if record else result.finals
@@ -225,13 +231,19 @@ def _make_plan(module: Any, options: Options, tensors: list[torch.Tensor], metho
     def derive() -> tuple[torch.Tensor, ...]:
         return dt * tensors[0], -dt * tensors[1], *tensors[2:]
 
+    own = module.__dict__
+    watched = [t for t in (*tensors, alpha, dt) if isinstance(t, torch.Tensor)]
+    guard = (*(("attribute", name, own.get(name)) for name in ("p", "dt", "activation")),
+             *(("tensor", t) for t in watched))
+    shared: dict[str, Any] = {"densities": densities_of(module), "guard": guard,
+                              "module": weakref.ref(module) if own.get("p") is module.p else None}
     if not _is_lif(module):
-        return Plan(LI_DYNAMICS, NO_GRADIENT, options, tuple(tensors), derive, densities=densities_of(module))
+        return Plan(LI_DYNAMICS, NO_GRADIENT, options, tuple(tensors), derive, **shared)
     surrogate = surrogate_of(method, float(alpha.detach() if isinstance(alpha, torch.Tensor) else alpha))
     if surrogate is None:  # Norse raises its own error
         return None
     return Plan(LIF_DYNAMICS, surrogate.within(options.cutoff), options, tuple(tensors), derive,
-                differentiable_output=surrogate is not NO_GRADIENT, densities=densities_of(module))
+                differentiable_output=surrogate is not NO_GRADIENT, **shared)
 
 
 # ---------------------------------------------------------------------------------------------------- classes

@@ -1,4 +1,4 @@
-"""The command line: ``python -m snn_sparse_backend {demo,bench,check,build,info}``."""
+"""The command line: ``python -m snn_sparse_backend {demo,bench,bench-compare,check,build,info}``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .bench import DEFAULT_OUT, PRESET_NAMES, NoGpuError
+from .bench import DEFAULT_OUT, LIBRARIES, PRESET_NAMES, SWEEPS, ChildError, NoGpuError
 
 PROGRAM = "snn_sparse_backend"
 # What a missing import is called by pip; anything else that is missing is an error of ours.
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if missing not in _INSTALL:
             raise
         print(f"{PROGRAM} {args.command}: {missing} is not installed: pip install {_INSTALL[missing]}", file=sys.stderr)
-    except (BuildError, NoGpuError) as error:
+    except (BuildError, NoGpuError, ChildError) as error:
         print(f"{PROGRAM} {args.command}: {error}", file=sys.stderr)
     return 2
 
@@ -53,16 +53,26 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="measure against the host library, compiled and not")
     bench.add_argument("--device", type=_device, default="cpu", help="cpu (default), cuda, or cuda:N")
-    bench.add_argument("--preset", choices=PRESET_NAMES, help="default: first-light on the CPU, gpu on CUDA")
-    bench.add_argument("--kernels", action="store_true", help="each kernel by itself instead of whole networks")
-    bench.add_argument("--threads", type=_positive, metavar="N", help="threads of torch (default: torch's own choice)")
+    bench.add_argument("--preset", choices=PRESET_NAMES, help="default: cpu on the CPU, gpu on CUDA")
+    what = bench.add_mutually_exclusive_group()
+    what.add_argument("--kernels", action="store_true", help="each kernel by itself instead of whole networks")
+    what.add_argument("--sweep", choices=SWEEPS, nargs="+", metavar="WHAT",
+                       help=f"one network at several values, instead of a preset: {', '.join(SWEEPS)}; "
+                            "a quick preset makes them tiny")
+    bench.add_argument("--threads", type=_positive, nargs="+", metavar="N",
+                       help="threads of torch; for several, a process each (default: torch's own choice)")
     bench.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR",
                        help=f"where JSON and picture go (default: {DEFAULT_OUT})")
-    bench.add_argument("--library", choices=("snntorch", "norse"), action="append", help="only this (default: both)")
+    bench.add_argument("--library", choices=LIBRARIES, action="append", help="only this (default: both)")
     bench.add_argument("--compile-seconds", type=float, default=120.0, metavar="S",
                        help="how long torch.compile may take for the baseline; 0: leave it out (default: 120)")
     bench.add_argument("--seconds", type=float, metavar="S", help="no network is begun later than that")
     bench.set_defaults(run=_bench)
+
+    compare = commands.add_parser("bench-compare", help="compare the ratios of two results of bench")
+    compare.add_argument("old", type=Path, metavar="OLD.json")
+    compare.add_argument("new", type=Path, metavar="NEW.json")
+    compare.set_defaults(run=_bench_compare)
 
     check = commands.add_parser("check", help="compare the gradients of your own model, dense against sparse")
     check.add_argument("spec", metavar="FILE.py:FACTORY",
@@ -103,14 +113,44 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from .bench import run, run_kernels
+    from .bench import run, run_for_threads, run_kernels, run_sweep
 
+    threads = (args.threads or [None])[0]
     if args.kernels:
-        run_kernels(args.preset, args.out, threads=args.threads, device=args.device)
+        run_kernels(args.preset, args.out, threads=threads, device=args.device)
         return 0
-    results = run(args.preset, args.out, threads=args.threads, compile_seconds=args.compile_seconds,
-                  libraries=tuple(args.library or ("snntorch", "norse")), device=args.device, seconds=args.seconds)
+    if len(args.threads or ()) > 1:
+        files = [f"sweep-{name}.json" for name in args.sweep] if args.sweep else ["bench.json"]
+        gathered = run_for_threads(args.threads, args.out, _for_each(args), files, args.seconds)
+        return 1 if any(one["failed"] for results in gathered for one in results["runs"]) else 0
+    if args.sweep:
+        quick = args.preset is not None and "quick" in args.preset
+        swept = [run_sweep(name, args.out, threads, args.device, quick, args.seconds) for name in args.sweep]
+        return 1 if any(results["failed"] for results in swept) else 0
+    results = run(args.preset, args.out, threads=threads, compile_seconds=args.compile_seconds,
+                  libraries=tuple(args.library or LIBRARIES), device=args.device, seconds=args.seconds)
     return 1 if results["failed"] else 0
+
+
+def _for_each(args: argparse.Namespace) -> list[str]:
+    """The arguments of ``bench`` that are the same for each number of threads."""
+    given = ["--device", args.device, "--compile-seconds", str(args.compile_seconds)]
+    if args.preset:
+        given += ["--preset", args.preset]
+    for library in args.library or ():
+        given += ["--library", library]
+    return [*given, *(["--sweep", *args.sweep] if args.sweep else [])]
+
+
+def _bench_compare(args: argparse.Namespace) -> int:
+    from .bench import make_console
+    from .bench.compare import CompareError, compare_files
+
+    try:
+        return 0 if compare_files(args.old, args.new, make_console()) else 1
+    except CompareError as error:
+        print(f"{PROGRAM} bench-compare: {error}", file=sys.stderr)
+        return 2
 
 
 def _check(args: argparse.Namespace) -> int:

@@ -176,19 +176,27 @@ class SynapseForward:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, tiles: torch.Tensor | None = None,
                  chunk_ends: Sequence[int] = ()) -> None:
         self.outputs, self.inputs = weight.shape
-        if chunk_ends and (list(chunk_ends) != sorted(set(chunk_ends)) or chunk_ends[0] <= 0
-                           or chunk_ends[-1] != self.inputs):
-            raise ValueError(f"chunk_ends: expected ends that rise to {self.inputs}, got {tuple(chunk_ends)}")
         self.tiles = pack_weights(weight, tiles)
         self.bias = bias.contiguous() if bias is not None else None
         self._arguments = STRUCTS["SnnSynapseForward"](
             inputs=self.inputs, outputs=self.outputs, tiles=self.tiles.data_ptr(), dtype=DTYPES[weight.dtype],
-            bias=self.bias.data_ptr() if self.bias is not None else None, chunks=len(chunk_ends),
+            bias=self.bias.data_ptr() if self.bias is not None else None,
         )
-        self._chunk_ends = (ctypes.c_int64 * len(chunk_ends))(*chunk_ends)
-        if chunk_ends:
-            self._arguments.chunk_ends = ctypes.addressof(self._chunk_ends)
+        self.add_in_order(chunk_ends)
         self._address, self._kernel = ctypes.addressof(self._arguments), kernel("synapse_forward", weight.device)
+
+    def add_in_order(self, chunk_ends: Sequence[int]) -> None:
+        """From now on, add in runs that end at ``chunk_ends``.
+
+        Raises:
+            ValueError: the ends do not rise to the number of inputs.
+        """
+        ends = list(chunk_ends)
+        if ends and (ends != sorted(set(ends)) or ends[0] <= 0 or ends[-1] != self.inputs):
+            raise ValueError(f"chunk_ends: expected ends that rise to {self.inputs}, got {tuple(ends)}")
+        self._chunk_ends = (ctypes.c_int64 * len(ends))(*ends)
+        self._arguments.chunks = len(ends)
+        self._arguments.chunk_ends = ctypes.addressof(self._chunk_ends) if ends else None
 
     def __call__(self, raster: Raster, factors: torch.Tensor | None = None) -> torch.Tensor:
         """Currents ``[rows, outputs]``: the bias plus the weight columns of the inputs that spike.

@@ -80,13 +80,19 @@ def saved_bytes(outputs: Iterable[Tensor], exclude: Iterable[Tensor] = ()) -> in
     return sum(saved_by_kind(outputs, exclude).values())
 
 
-def saved_by_kind(outputs: Iterable[Tensor], exclude: Iterable[Tensor] = ()) -> dict[str, int]:
+def _kind(tape: Tape | None, path: str) -> str:
+    return path
+
+
+def saved_by_kind(outputs: Iterable[Tensor], exclude: Iterable[Tensor] = (),
+                  label: Callable[[Tape | None, str], str] = _kind) -> dict[str, int]:
     """Bytes that the graph behind ``outputs`` keeps for backward, by what keeps them.
 
     Args:
         outputs: where the walk begins. Tapes are found from the tensors their layers returned (:func:`layer_outputs`)
             and from there on by themselves.
         exclude: tensors whose storage does not count, e.g. the input of the network.
+        label: another name for what a tape (None: an autograd node) keeps under some name.
 
     Returns:
         Bytes by name: the attribute of a tape, such as ``NeuronTape.blocks.raster``, or of an autograd node.
@@ -99,12 +105,12 @@ def saved_by_kind(outputs: Iterable[Tensor], exclude: Iterable[Tensor] = ()) -> 
     for tape in tapes:
         tape.absorb()
         for path, tensor in _held(tape, type(tape).__name__, set()):
-            tally.add(path, tensor)
+            tally.add(label(tape, path), tensor)
     for function in functions:
         for attribute in dir(function):
             if attribute.startswith("_saved_"):
                 for tensor in _flat(getattr(function, attribute)):
-                    tally.add(f"{function.name()}.{attribute.removeprefix('_saved_')}", tensor)
+                    tally.add(label(None, f"{function.name()}.{attribute.removeprefix('_saved_')}"), tensor)
     return tally.bytes
 
 
@@ -119,27 +125,41 @@ def workspace_bytes(model: nn.Module) -> int:
 
 
 def host_saved_bytes(forward: Callable[[], Any], exclude: Iterable[Tensor] = ()) -> int:
+    """Bytes that plain autograd keeps for backward once ``forward`` has run; see :func:`host_saved_by`."""
+    return sum(host_saved_by(lambda: "saved", forward, exclude).values())
+
+
+def host_saved_by(label: Callable[[], str], forward: Callable[[], Any],
+                  exclude: Iterable[Tensor] = ()) -> dict[str, int]:
     """Bytes that plain autograd keeps for backward once ``forward`` has run and its result is alive.
 
     Not for the sparse backend: it hands over to the host library while saved-tensor hooks are active.
+
+    Args:
+        label: asked for a name whenever a tensor is saved.
+        forward: runs the forward pass.
+        exclude: tensors whose storage does not count, e.g. the input of the network.
+
+    Returns:
+        Bytes by name; what was saved more than once counts under the first.
     """
-    saved: list[weakref.ref[_Saved]] = []
+    saved: list[tuple[str, weakref.ref[_Saved]]] = []
 
     def pack(tensor: Tensor) -> _Saved:
         # Detached: a node that saved its own output would otherwise keep itself alive.
         box = _Saved(tensor.detach())
         if not _of_a_parameter(tensor):
-            saved.append(weakref.ref(box))
+            saved.append((label(), weakref.ref(box)))
         return box
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
         result = forward()
     tally = _Tally(exclude)
-    for box in [reference() for reference in saved]:
+    for name, box in [(name, reference()) for name, reference in saved]:
         if box is not None:  # else the part of the graph it belonged to is gone already
-            tally.add("saved", box.tensor)
+            tally.add(name, box.tensor)
     del result
-    return sum(tally.bytes.values())
+    return tally.bytes
 
 
 class _Saved:

@@ -18,6 +18,7 @@ from .lanes import Chain, take
 from .native import address_of, event_parallel, threads_for
 from .raster import Raster, RasterStack
 from .reports import Counter, densities_of
+from .summation import finite, order_of
 from .synapse_steps import Entry, Step, SynapseRun, check_version
 from .tapes import TOPOLOGICAL_SLACK, Delivery, Links, SpikeTag, Tape, part
 
@@ -125,9 +126,11 @@ class SynapseTape(Tape):
         return current
 
     def _sparse_currents(self, x: torch.Tensor, entry: Entry) -> torch.Tensor | None:
-        if self.options.forward != "sparse":
-            return None
         raster, factors = entry.raster, None
+        in_order = self.options.forward != "sparse"
+        # One step after another is left to the lane, which has the weights packed.
+        if in_order and (x.dim() < 3 or event_parallel(x.device) or not x.is_contiguous()):
+            return None
         if raster is not None and not self._pays(kernels.density(raster), unknown=True):
             return None
         if raster is None:
@@ -135,9 +138,22 @@ class SynapseTape(Tape):
                 return None
             factors = entry.dense.contiguous()
             raster = kernels.nonzero(factors)
+        order = self._order_of_host(raster.rows) if in_order else ()
+        if order is None:
+            return None
         counts["forward_sparse"] += 1
-        current = self.sparse_product()(raster, factors)
+        product = self.sparse_product()
+        product.add_in_order(order)
+        current = product(raster, factors)
         return current if x.dim() == 2 else current.view(*x.shape[:-1], self.weight.shape[0])
+
+    def _order_of_host(self, rows: int) -> tuple[int, ...] | None:
+        """The order in which the host's own product adds, if events can be added so: the outputs are the same bits."""
+        if not self.weight.is_contiguous():  # a transposed one may be added in another order
+            return None
+        outputs, inputs = self.weight.shape
+        order = order_of(rows, inputs, outputs, self.weight.dtype, self.bias is not None)
+        return order if order is not None and finite(self.weight.detach()) else None
 
     def _pays(self, density: float | None, unknown: bool = False) -> bool:
         """Whether a product is better done event by event; ``unknown`` is the answer where the density is not known."""
@@ -203,16 +219,22 @@ class SynapseTape(Tape):
         owned, options, weight = self.owner is not None, self.options, self.weight
         if event_parallel(x.device) or not options.fuse_steps or x.dim() != 2 or (not owned and feeds is None):
             return
+        if self.bias is not None and not self.bias.is_contiguous():
+            return
         if owned and (owner is None or not owner.has_lane):
             return
-        entry, events = step.entry, options.forward == "sparse" and self.product is not None
+        entry, order = step.entry, ()
+        events = entry.raster is not None and self._pays(kernels.density(entry.raster), unknown=True)
+        if events and options.forward != "sparse":
+            found = self._order_of_host(step.rows)
+            events, order = found is not None, found or ()
         load_node().arm_synapse(self.handle, {
             "module": self.module, "options": options, "counts": counts, "owned": owned,
             "owner": owner.handle if owner is not None else None,
             "neuron": feeds[0] if feeds is not None else None, "options_of": feeds[1] if feeds is not None else None,
             "forward_kernel": address_of("synapse_forward"), "pack_kernel": address_of("raster_pack"),
             "weight": weight, "bias": self.bias, "rows": step.rows, "threads": threads_for(step.rows * weight.shape[0]),
-            "crossover": options.crossover_on(weight.device), "chunk_ends": (),
+            "crossover": options.crossover_on(weight.device), "chunk_ends": order,
             "tiles": self.sparse_product().tiles if events else None,
             "direct": step.spikes is not None, "latest": None if owned else x,
             "latest_raster": entry.raster.words if entry.raster is not None else None,

@@ -198,8 +198,8 @@ def record(case: Case, by: Recorder, inputs: torch.Tensor | None = None) -> list
 
 
 def store_of(by: Recorder) -> DeviceStore:
-    assert isinstance(by._store, DeviceStore)
-    return by._store
+    assert isinstance(by.store, DeviceStore)
+    return by.store
 
 
 def arenas(blocks: list[Block]) -> list[torch.Tensor]:
@@ -220,7 +220,7 @@ def values(blocks: list[Block], case: Case) -> list[torch.Tensor]:
 def expected_values(steps: int) -> list[torch.Tensor]:
     """The same, from membranes that were stored whole."""
     case, by = sequence(steps), recorder(sequence(steps))
-    by._keep_membrane = True
+    by.keep_membrane = True
     return [b.membrane[kernels.unpack(b.active, torch.float64).bool()] for b in record(case, by)
             if b.membrane is not None and b.active is not None]
 

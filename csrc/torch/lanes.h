@@ -22,10 +22,12 @@ using Kernel = int64_t (*)(const void*);  // of the core, by address
 // Below this many sites a kernel is over before another thread could have taken the GIL.
 constexpr int64_t kSitesToReleaseGil = 32768;
 
-int64_t run_kernel(Kernel kernel, const void* arguments, int64_t sites) {
+int64_t run_kernel(Lane& lane, Kernel kernel, const void* arguments, int64_t sites) {
+  lane.busy = true;
   PyThreadState* saved = sites >= kSitesToReleaseGil ? PyEval_SaveThread() : nullptr;
   const int64_t result = kernel(arguments);
   if (saved) PyEval_RestoreThread(saved);
+  lane.busy = false;
   TORCH_CHECK_WITH(OutOfMemoryError, result != kOutOfMemory, "a kernel cannot allocate its working memory");
   return result;
 }

@@ -223,7 +223,7 @@ void NeuronLane::run(const at::Tensor& x, PyObject* const* states, const Tensors
   arguments_.values = slots_.active && !membrane ? scratch + room * size : nullptr;
   arguments_.values_capacity = room;
   slots_.active_count = slots_.spike_count = 0;
-  run_kernel(kernel_, &arguments_, sites_);
+  run_kernel(*this, kernel_, &arguments_, sites_);
 }
 
 void NeuronLane::record() {

@@ -160,6 +160,7 @@ struct Lane {
   explicit Lane(bool neuron) : is_neuron(neuron) {}
   virtual ~Lane() = default;
   const bool is_neuron;  // else of a synapse
+  bool busy = false;     // a kernel runs for it without the GIL: it has to live on
 };
 
 // The part of a node that owns the tape and the lane, and gives them up in time.
@@ -183,7 +184,7 @@ struct TapeOwner : Node {
     Gil gil;
     PyObject *type, *value, *traceback;  // an error on its way to the user must survive a node that dies meanwhile
     PyErr_Fetch(&type, &value, &traceback);
-    lane.reset();
+    if (lane && !lane->busy) lane.reset();
     PyObject* dropped = std::exchange(tape, nullptr);
     if (dropped && announce) call_release(dropped);
     Py_XDECREF(dropped);

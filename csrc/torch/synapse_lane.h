@@ -37,6 +37,8 @@ class SynapseLane final : public Lane {
     forward_arguments_.threads = static_cast<int32_t>(spec.integer("threads"));
     forward_arguments_.tiles = tiles_.defined() ? tiles_.data_ptr() : nullptr;
     forward_arguments_.bias = bias_.defined() ? bias_.data_ptr() : nullptr;
+    forward_arguments_.chunk_ends = chunk_ends_.data();
+    forward_arguments_.chunks = static_cast<int64_t>(chunk_ends_.size());
     pack_arguments_.rows = rows_;
     pack_arguments_.cols = pack_arguments_.row_stride = weight_.size(1);
     pack_arguments_.dtype = forward_arguments_.dtype;
@@ -138,7 +140,7 @@ void SynapseLane::find_spikes(const at::Tensor& x, const NeuronLane* before, int
   auto* words = reinterpret_cast<int64_t*>(rasters_.take());
   pack_arguments_.dense = x.data_ptr();
   pack_arguments_.words = reinterpret_cast<uint64_t*>(words);
-  latest_ones_ = run_kernel(pack_, &pack_arguments_, x.numel());
+  latest_ones_ = run_kernel(*this, pack_, &pack_arguments_, x.numel());
   latest_raster_ = latest_ones_ < 0 ? nullptr : words;
   latest_storage_ = rasters_.storages.back();
   if (!latest_raster_) rasters_.untake();
@@ -156,7 +158,7 @@ at::Tensor SynapseLane::current_of(const at::Tensor& x, bool same) {
     current = empty({rows_, weight_.size(0)}, type_);
     forward_arguments_.raster = reinterpret_cast<const uint64_t*>(latest_raster_);
     forward_arguments_.current = current.data_ptr();
-    run_kernel(forward_, &forward_arguments_, current.numel());
+    run_kernel(*this, forward_, &forward_arguments_, current.numel());
     add_count(counts_.object, "forward_sparse");
   } else {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -219,6 +221,7 @@ PyObject* SynapseLane::step(PyObject* module, const at::Tensor& x, const NeuronL
   }
   ++steps_;
   add_count(counts_.object, "synapse_steps");
+  add_count(counts_.object, "lane_steps");
   return THPVariable_Wrap(current);
 }
 
@@ -282,6 +285,7 @@ PyObject* NeuronLane::step(PyObject* module, PyObject* options, PyObject* input,
   for (const Output& output : outputs_) node_.append_output(self, made[output.tensor], output.role);
   locate_last(first);
   add_count(counts_.object, "neuron_steps");
+  add_count(counts_.object, "lane_steps");
 
   const Ref results(PyTuple_New(1 + states_));
   for (int i = 0; i <= states_; ++i) {

@@ -1,7 +1,7 @@
 """``torch.compile`` of the stock network, guarded: tried in a process of its own first, with a time limit.
 
-``python -m snn_sparse_backend.bench.compiled loop cpu 100 64 700 1000 1000 20`` is that process: what to compile (the
-whole loop or one time step), the device, T, B, and the sizes of the layers.
+``python -m snn_sparse_backend.bench.compiled loop cpu CASE`` is that process: what to compile (the whole loop or one
+time step), the device, and the case as JSON.
 """
 
 from __future__ import annotations
@@ -12,30 +12,30 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .cases import Case
-from .networks import SnntorchNet, linear_layers
+from .networks import SnntorchNet, batch_of, synapses_of
 
 
-def compiled_loss(net: SnntorchNet, x: Tensor, labels: Tensor, kind: str) -> Callable[[], Tensor]:
+def compiled_loss(net: SnntorchNet, loss: Callable[[], Tensor], kind: str) -> Callable[[], Tensor]:
     """The loss of a network whose whole loop, or whose time step, goes through ``torch.compile``.
 
     Args:
         net: one that nobody else uses: the compiled code guards what its modules remember.
+        loss: calls it.
     """
     if kind == "loop":
-        whole = torch.compile(lambda inputs: F.cross_entropy(net(inputs), labels))
-        return lambda: whole(x)
-    net.step = torch.compile(net.step)  # type: ignore[method-assign]
-    return lambda: F.cross_entropy(net(x), labels)
+        net.forward = torch.compile(net.forward)  # type: ignore[method-assign]
+    else:
+        net.step = torch.compile(net.step)  # type: ignore[method-assign]
+    return loss
 
 
 def problem_with(kind: str, case: Case, device: torch.device, seconds: float) -> str | None:
     """Why this does not compile within so many seconds, or None if it does."""
     if seconds <= 0:
         return "not tried"
-    command = [sys.executable, "-m", __name__, kind, str(device), *map(str, (case.steps, case.batch, *case.sizes))]
+    command = [sys.executable, "-m", __name__, kind, str(device), case.as_json()]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -45,13 +45,13 @@ def problem_with(kind: str, case: Case, device: torch.device, seconds: float) ->
     return None
 
 
-def _try(kind: str, device: torch.device, steps: int, batch: int, *sizes: int) -> None:
-    net = SnntorchNet(linear_layers(sizes)).to(device)
-    x = (torch.rand(steps, batch, sizes[0], device=device) < 0.02).float()
-    loss = compiled_loss(net, x, torch.zeros(batch, dtype=torch.long, device=device), kind)
+def _try(kind: str, device: torch.device, case: Case) -> None:
+    net = SnntorchNet(synapses_of(case), case.beta, case.layer).to(device)
+    x, _ = batch_of(case, device)
+    loss = compiled_loss(net, lambda: net(x).sum(), kind)
     for _ in range(2):
         loss().backward()
 
 
 if __name__ == "__main__":
-    _try(sys.argv[1], torch.device(sys.argv[2]), *map(int, sys.argv[3:]))
+    _try(sys.argv[1], torch.device(sys.argv[2]), Case.from_json(sys.argv[3]))

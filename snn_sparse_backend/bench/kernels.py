@@ -46,7 +46,7 @@ class Shapes:
 # Odd sizes, more steps than one launch takes, more rows and outputs than one tile: also a subject for sanitizers.
 _TINY = Shapes(((1, 3, 70), (35, 3, 70)), ((140, 70, 33), (15, 200, 130)), 4 * MIB)
 PRESETS = {
-    "first-light": Shapes(((1, 64, 1000), (100, 64, 1000)), ((6400, 1000, 1000),), 256 * MIB),
+    "cpu": Shapes(((1, 64, 1000), (100, 64, 1000)), ((6400, 1000, 1000),), 256 * MIB),
     "quick": _TINY,
     "gpu": Shapes(((1, 256, 1000), (500, 256, 200), (500, 256, 1000)),
                   ((128000, 700, 200), (128000, 1000, 1000), (8000, 4096, 4096)), 1024 * MIB),

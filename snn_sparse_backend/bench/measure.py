@@ -156,7 +156,7 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "snn_sparse_backend": __version__,
-        **{name: installed(name) for name in ("torch", "snntorch", "norse")},
+        **{name: installed(name) for name in ("torch", "snntorch", "norse", "spikingjelly", "sinabs")},
     }
 
 

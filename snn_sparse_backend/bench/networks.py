@@ -9,83 +9,108 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-BETA, SLOPE = 0.9, 25
-HIDDEN_RATE = 0.02
+from .cases import Case
+
+SLOPE = 25
 
 
-class SnntorchNet(nn.Module):
-    """Linear and ``snn.Leaky`` layers in the loop over time that snnTorch's tutorials use.
+class OverTime(nn.Module):
+    """A synapse on whole sequences ``[T, B, ...]``; time goes into the batch where the synapse is not a Linear."""
 
-    Spikes ``[T, B, inputs]`` in, mean membrane of the readout ``[B, classes]`` out.
+    def __init__(self, synapse: nn.Module) -> None:
+        super().__init__()
+        self.synapse = synapse
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.synapse, nn.Linear):
+            return self.synapse(x)
+        return self.synapse(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+class Net(nn.Module):
+    """Layers of one synapse and one neuron each.
+
+    Args:
+        synapses: shared between the networks that are compared.
+        layer: one spiking layer: spikes ``[T, B, N]`` out, instead of the mean membrane ``[B, classes]`` of a readout.
     """
 
-    def __init__(self, linears: nn.ModuleList) -> None:
+    batch_first = False
+
+    def __init__(self, synapses: nn.ModuleList, layer: bool = False) -> None:
         super().__init__()
+        self.synapses, self.layer = synapses, layer
+
+    @property
+    def stages(self) -> list[tuple[nn.Module, ...]]:
+        """The modules of each layer."""
+        return list(zip(self.synapses, self.neurons, strict=True))  # type: ignore[arg-type]
+
+    def spikes_of(self, layer: int, currents: Tensor) -> Tensor:
+        """What one layer makes of currents ``[T, B, ...]``."""
+        raise NotImplementedError
+
+
+class SnntorchNet(Net):
+    """Synapses and ``snn.Leaky`` layers in the loop over time that snnTorch's tutorials use."""
+
+    def __init__(self, synapses: nn.ModuleList, beta: float, layer: bool = False) -> None:
+        super().__init__(synapses, layer)
         import snntorch as snn
         from snntorch import surrogate
 
-        self.linears = linears
-        self.neurons = nn.ModuleList(snn.Leaky(BETA, spike_grad=surrogate.fast_sigmoid(SLOPE)) for _ in linears)
+        self.neurons = nn.ModuleList(snn.Leaky(beta, spike_grad=surrogate.fast_sigmoid(SLOPE)) for _ in synapses)
 
-    def step(self, x: Tensor, membranes: list[Tensor]) -> list[Tensor]:
-        """One time step: the new membranes of all layers."""
+    def step(self, x: Tensor, membranes: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """One time step: the spikes of the last layer and the new membranes of all."""
         new = []
-        for linear, neuron, membrane in zip(self.linears, self.neurons, membranes, strict=True):
-            x, membrane = neuron(linear(x), membrane)
+        for synapse, neuron, membrane in zip(self.synapses, self.neurons, membranes, strict=True):
+            x, membrane = neuron(synapse(x), membrane)
             new.append(membrane)
-        return new
+        return x, new
 
     def forward(self, x: Tensor) -> Tensor:
         membranes = [neuron.reset_mem() for neuron in self.neurons]  # type: ignore[operator]
-        readout = []
+        out = []
         for x_t in x:
-            membranes = self.step(x_t, membranes)
-            readout.append(membranes[-1])
-        return torch.stack(readout).mean(0)
+            spikes, membranes = self.step(x_t, membranes)
+            out.append(spikes if self.layer else membranes[-1])
+        return torch.stack(out) if self.layer else torch.stack(out).mean(0)
 
     def spikes_of(self, layer: int, currents: Tensor) -> Tensor:
-        """What one layer makes of currents ``[T, B, N]``."""
+        return self.sequence(layer, currents)[0]
+
+    def sequence(self, layer: int, currents: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Spikes ``[T, B, ...]`` of one layer, and its membrane at each step."""
         neuron: Any = self.neurons[layer]
-        membrane, spikes = neuron.reset_mem(), []
+        membrane, spikes, membranes = neuron.reset_mem(), [], []
         for current in currents:
             spike, membrane = neuron(current, membrane)
             spikes.append(spike)
-        return torch.stack(spikes)
+            membranes.append(membrane)
+        return torch.stack(spikes), membranes
 
 
-class SnntorchLayer(SnntorchNet):
-    """One Linear and one ``snn.Leaky`` in a loop over time: spikes out."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        linear, neuron = self.linears[0], self.neurons[0]
-        membrane, spikes = neuron.reset_mem(), []  # type: ignore[operator]
-        for x_t in x:
-            spike, membrane = neuron(linear(x_t), membrane)
-            spikes.append(spike)
-        return torch.stack(spikes)
-
-
-class NorseNet(nn.Module):
-    """``SequentialState`` of Linear and LIF layers and an LI readout, on whole sequences ``[T, B, inputs]``.
+class NorseNet(Net):
+    """``SequentialState`` of synapses and LIF layers and an LI readout, on whole sequences ``[T, B, inputs]``.
 
     Args:
-        linears: the synapses, shared between the networks that are compared.
         lif, li: neuron classes; cells if ``cells``.
         cells: call it once a time step, on ``x.unbind(0)``.
-        layer: do without the readout: one spiking layer, spikes out.
     """
 
-    def __init__(self, linears: nn.ModuleList, lif: Callable[..., Any], li: Callable[..., Any],
+    def __init__(self, synapses: nn.ModuleList, lif: Callable[..., Any], li: Callable[..., Any],
                  cells: bool = False, layer: bool = False) -> None:
-        super().__init__()
+        super().__init__(synapses, layer)
         import norse.torch as norse
 
         parameters: Any = norse.LIFParameters(method="tanh", alpha=torch.as_tensor(5.0))
-        self.linears, self.cells, self.layer = linears, cells, layer
-        layers: list[Any] = []
-        for linear in linears if layer else linears[:-1]:
-            layers += [linear, lif(p=parameters)]
-        self.layers = norse.SequentialState(*layers, *([] if layer else [linears[-1], li()]))
+        self.cells = cells
+        spiking = len(synapses) - (0 if layer else 1)
+        neurons = [lif(p=parameters) if i < spiking else li() for i in range(len(synapses))]
+        lifted = [s if cells or isinstance(s, nn.Linear) else OverTime(s) for s in synapses]
+        self.layers = norse.SequentialState(*(m for pair in zip(lifted, neurons, strict=True) for m in pair))
+        self.neurons = nn.ModuleList(neurons)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.cells:
@@ -99,22 +124,58 @@ class NorseNet(nn.Module):
         return stacked if self.layer else stacked.mean(0)
 
     def spikes_of(self, layer: int, currents: Tensor) -> Tensor:
-        """What one layer makes of currents ``[T, B, N]``."""
-        return self.layers[2 * layer + 1](currents)[0]
+        return self.neurons[layer](currents)[0]
+
+
+def synapses_of(case: Case) -> nn.ModuleList:
+    """The synapses of a case, with the weights that the random generator gives."""
+    if case.conv:
+        return nn.ModuleList([nn.Sequential(nn.Conv2d(1, 12, 5), nn.MaxPool2d(2)),
+                              nn.Sequential(nn.Conv2d(12, 64, 5), nn.MaxPool2d(2)),
+                              nn.Sequential(nn.Flatten(), nn.Linear(case.sizes[-2], case.sizes[-1]))])
+    return linear_layers(case.sizes)
 
 
 def linear_layers(sizes: Sequence[int]) -> nn.ModuleList:
-    """The synapses of a network."""
+    """The synapses of a fully connected network."""
     return nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
 
 
-def same_parameters(linears: nn.ModuleList) -> nn.ModuleList:
+def weighted(synapse: nn.Module) -> nn.Linear | nn.Conv2d:
+    """The part of a synapse that has the weights."""
+    return next(m for m in synapse.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+
+
+def batch_of(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The input ``[T, B, ...]`` and the labels of a case."""
+    if case.conv:  # a fifth of the pixels are lit, as in MNIST
+        image = torch.rand(case.batch, 1, 28, 28, device=device)
+        image *= torch.rand_like(image) < 0.2
+        x = image.expand(case.steps, *image.shape)
+    else:
+        x = torch.empty(case.steps, case.batch, case.sizes[0], device=device)
+        x = x.normal_() if case.gaussian else x.bernoulli_(case.input_rate)
+    return x, torch.randint(0, case.sizes[-1], (case.batch,), device=device)
+
+
+def same_parameters(synapses: nn.ModuleList) -> nn.ModuleList:
     """Modules of their own with the very same weights, so that nothing remembered about one reaches another."""
-    return copy.deepcopy(linears, {id(p): p for p in linears.parameters()})
+    return copy.deepcopy(synapses, {id(p): p for p in synapses.parameters()})
 
 
 @torch.no_grad()
-def calibrate(net: SnntorchNet | NorseNet, x: Tensor, hidden: int, rate: float = HIDDEN_RATE) -> list[float]:
+def scale(synapses: nn.ModuleList, factors: Sequence[float]) -> None:
+    """What :func:`calibrate` does to the weights, with factors that it found before."""
+    for synapse in synapses:
+        bias = weighted(synapse).bias
+        if bias is not None:
+            bias.zero_()
+    for synapse, factor in zip(synapses, factors, strict=False):
+        weighted(synapse).weight *= factor
+
+
+@torch.no_grad()
+def calibrate(net: Net, x: Tensor, hidden: int, rate: float) -> list[float]:
     """Scales the weights of the first ``hidden`` layers, in place, until each spikes at about ``rate``.
 
     Biases become zero.
@@ -122,18 +183,15 @@ def calibrate(net: SnntorchNet | NorseNet, x: Tensor, hidden: int, rate: float =
     Returns:
         The factors.
     """
+    scale(net.synapses, ())
     factors = []
-    for i, linear in enumerate(net.linears):
-        assert isinstance(linear, nn.Linear)
-        linear.bias.zero_()
-        if i >= hidden:
-            continue
-        currents = linear(x)
+    for i, synapse in enumerate(net.synapses[:hidden]):
+        currents = OverTime(synapse)(x)
         low, high = 0.05, 200.0
         for _ in range(12):
             middle = (low * high) ** 0.5
             x = net.spikes_of(i, currents * middle)
             low, high = (middle, high) if x.mean() < rate else (low, middle)
-        linear.weight *= middle
+        weighted(synapse).weight *= middle
         factors.append(middle)
     return factors
