@@ -2,11 +2,11 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
 
 #include "../abi.h"
+#include "../neurons/visit.h"
 #include "../raster.h"
-#include "lanes.h"
+#include "pack.h"
 
 namespace snn {
 namespace SSB_ISA {
@@ -39,8 +39,9 @@ struct Unit {
 
 // Parameter values of the 64 lanes of a unit; reloaded only when some parameter is not a scalar.
 template <class N> struct ParameterLanes {
-  using T = typename N::T;
-  T lane[N::Count][64];
+  using P = typename N::T;
+  using T = typename P::Scalar;
+  alignas(64) T lane[N::Count][64];
   bool scalar = true;
 
   explicit ParameterLanes(const SnnLayer& layer) {
@@ -57,9 +58,10 @@ template <class N> struct ParameterLanes {
       for (int64_t k = 0; k < unit.lanes; k++) lane[p][k] = data[k * q.col_stride];
     }
   }
-  SNN_HD typename N::Parameters at(int64_t k) const {
-    T values[N::Count];
-    for (int p = 0; p < N::Count; p++) values[p] = lane[p][k];
+  // Those of the pack that begins at lane k.
+  SNN_HD typename N::Parameters at(int k) const {
+    P values[N::Count];
+    for (int p = 0; p < N::Count; p++) values[p] = P::load(lane[p] + k);
     return typename N::Parameters(values);
   }
 };
@@ -73,24 +75,13 @@ template <class T> inline const T* entry(const void* const* table, int64_t step)
 inline uint64_t* entry(uint64_t* const* table, int64_t step) { return table ? table[step] : nullptr; }
 inline const uint64_t* entry(const uint64_t* const* table, int64_t step) { return table ? table[step] : nullptr; }
 
-// Tells the compiler the common lane count, so that full units run without a remainder loop.
-template <class Body> inline void with_lanes(int64_t lanes, Body body) {
-  if (lanes == 64)
-    body(std::integral_constant<int64_t, 64>());
-  else
-    body(lanes);
+// Calls visit(tag) with the neuron struct that the layer names, on packs.
+template <class Visit> auto visit_packs(const SnnLayer& layer, Visit visit) {
+  return layer.dtype == kFloat32 ? visit_neuron<Pack<float>>(layer, visit) : visit_neuron<Pack<double>>(layer, visit);
 }
 
-template <class T> inline uint64_t pack_lanes(const T* lane, int64_t lanes) {
-  return nonzero_lanes(lane) & lane_mask(lanes);
-}
-// Few bits of a raster are set, so setting them one by one beats converting all.
-template <class T> inline void unpack_lanes(uint64_t word, T* lane) {
-  std::fill(lane, lane + 64, T(0));
-  for_each_bit(word, [&](int k) { lane[k] = T(1); });
-}
-template <class T, class Count> inline void copy_lanes(const T* from, T* to, Count lanes) {
-  for (int64_t k = 0; k < lanes; k++) to[k] = from[k];
+template <class T> inline void copy_lanes(const T* from, T* to, int64_t lanes) {
+  if (from != to) std::copy_n(from, lanes, to);
 }
 
 }  // namespace SSB_ISA

@@ -25,13 +25,13 @@ template <class Scalar, int Reset, bool Late> struct Leaky {
   SNN_HD static Site<T> step(const Parameters& p, T x, T* state, T& output) {
     Site<T> s;
     T u = state[0];
-    s.reset = (u - p.threshold) > T(0) ? T(1) : T(0);
+    s.reset = positive(u - p.threshold);
     if (Reset == kZero) u = (T(1) - s.reset) * u;
     T v = p.beta * u + x;
     if (Reset == kSubtract) v = v - s.reset * p.threshold;
     s.u = v;
     s.current = T(0);
-    s.spike = (v - p.threshold) > T(0) ? T(1) : T(0);
+    s.spike = positive(v - p.threshold);
     output = s.spike * p.gamma;
     state[0] = late_reset(p, v, s.spike, s.reset);
     return s;

@@ -12,7 +12,7 @@ template <class Scalar> struct Li {
   static constexpr bool AdjointUsesSpike = false, AdjointUsesReset = false;
   struct Parameters {
     T mem, syn, leak;  // mem = dt tau_mem_inv, syn = -dt tau_syn_inv
-    static constexpr T threshold = 0;
+    static constexpr int threshold = 0;
     SNN_HD explicit Parameters(const T* p) : mem(p[0]), syn(p[1]), leak(p[2]) {}
   };
 

@@ -24,7 +24,7 @@ template <class Scalar> struct Lif {
     s.u = u;
     s.current = c;
     s.reset = T(0);
-    s.spike = (u - p.threshold) > T(0) ? T(1) : T(0);
+    s.spike = positive(u - p.threshold);
     state[0] = after_reset(p, u, s.spike);
     state[1] = c + p.syn * c;
     output = s.spike;

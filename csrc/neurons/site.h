@@ -1,5 +1,5 @@
 // What the neuron structs have in common. A neuron model is a struct of static functions on one site (batch row,
-// neuron); the CPU scan runs it over the lanes of a vector, a CUDA kernel over its threads.
+// neuron); the CPU scan runs it on the lanes of a vector as its number type, a CUDA kernel on a number in each thread.
 //
 //   States                 how many state variables are carried from step to step (the first is the membrane)
 //   Spikes                 has a threshold comparison
@@ -14,6 +14,10 @@
 #include "../portable.h"
 
 namespace snn {
+
+// 1 where x is positive, else 0 (at NaN too). A scan over vectors brings its own.
+SNN_HD float positive(float x) { return x > 0 ? 1.f : 0.f; }
+SNN_HD double positive(double x) { return x > 0 ? 1. : 0.; }
 
 // One site at one time step: u and current at the threshold comparison; spike and reset are 0 or 1.
 template <class T> struct Site {

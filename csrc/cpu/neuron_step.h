@@ -1,0 +1,86 @@
+// One time step of the units of a layer.
+#pragma once
+#include "../surrogates.h"
+#include "lanes.h"
+#include "units.h"
+
+namespace snn {
+namespace SSB_ISA {
+
+// Where a step reads and writes; null where nothing is wanted.
+template <class N> struct StepTables {
+  using P = typename N::T;
+  using T = typename P::Scalar;
+  const T* input;
+  const T* before[N::States];
+  T* after[N::States];
+  T* states[N::States];
+  T *output, *membrane, *current;
+  uint64_t *raster, *reset, *active;
+  P low, high;  // bounds of the surrogate
+
+  StepTables(const SnnNeuronForward& a, int64_t step)
+      : input(entry<T>(a.input, step)), output(entry<T>(a.output, step)), membrane(entry<T>(a.membrane, step)),
+        current(entry<T>(a.current, step)), raster(entry(a.raster, step)), reset(entry(a.reset, step)),
+        active(N::Spikes ? entry(a.active, step) : nullptr), low(bound<T>(a.layer.surrogate.low)),
+        high(bound<T>(a.layer.surrogate.high)) {
+    for (int i = 0; i < N::States; i++) {
+      before[i] = static_cast<const T*>(step ? a.state_out[i] : a.state_in[i]);
+      after[i] = static_cast<T*>(a.state_out[i]);
+      states[i] = entry<T>(a.states[i], step);
+    }
+  }
+};
+
+// One unit of one step. `input`: its currents. Appends u of its active sites at `values`, returns the end of these and
+// adds to the number of spikes. Each table is written in one go: stores that alternate between tables cost bandwidth.
+template <class N>
+SNN_HD typename N::T::Scalar* step_unit(const StepTables<N>& s, const Unit& unit, const ParameterLanes<N>& par,
+                                        const typename N::T::Scalar* input, typename N::T::Scalar* values,
+                                        int64_t& spikes) {
+  using P = typename N::T;
+  using T = typename P::Scalar;
+  const int64_t base = unit.base;
+  uint64_t raster = 0, reset = 0, active = 0;
+  P state[N::States][P::kPerWord], output[P::kPerWord], u[P::kPerWord], current[P::kPerWord];
+  for_each_pack<P>(unit.lanes, [&](int k, auto lanes) {
+    const int i = k / P::kLanes;
+    const typename N::Parameters p = par.at(k);
+    P of[N::States];
+    for (int q = 0; q < N::States; q++) of[q] = load_lanes(s.before[q] + base + k, lanes);
+    const Site<P> site = N::step(p, load_lanes(input + k, lanes), of, output[i]);
+    for (int q = 0; q < N::States; q++) state[q][i] = of[q];
+    u[i] = site.u;
+    current[i] = site.current;
+    if constexpr (N::Spikes) {
+      raster |= static_cast<uint64_t>(nonzero_bits(site.spike)) << k;
+      reset |= static_cast<uint64_t>(nonzero_bits(site.reset)) << k;
+      if (s.active) active |= static_cast<uint64_t>(inside_bits(site.u - p.threshold, s.low, s.high)) << k;
+    }
+  });
+  const auto write = [&](const P* from, T* to) {
+    if (!to) return;
+    for_each_pack<P>(unit.lanes, [&](int k, auto lanes) { store_lanes(to + base + k, from[k / P::kLanes], lanes); });
+  };
+  for (int q = 0; q < N::States; q++) {
+    write(state[q], s.after[q]);
+    write(state[q], s.states[q]);
+  }
+  write(output, s.output);
+  write(u, s.membrane);
+  if (N::HasCurrent) write(current, s.current);
+  const uint64_t mask = lane_mask(unit.lanes);
+  if (s.raster) {
+    s.raster[unit.index] = raster & mask;
+    spikes += count_bits(raster & mask);
+  }
+  if (s.reset) s.reset[unit.index] = reset & mask;
+  if (s.active) {
+    s.active[unit.index] = active &= mask;
+    for_each_pack<P>(unit.lanes, [&](int k, auto) { values = append(u[k / P::kLanes], active >> k, values); });
+  }
+  return values;
+}
+
+}  // namespace SSB_ISA
+}  // namespace snn
