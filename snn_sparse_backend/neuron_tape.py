@@ -13,6 +13,7 @@ from .build import load_node
 from .compat.cuda import current_stream
 from .config import Options
 from .counters import counts
+from .feeds import FeedTape
 from .lanes import ROLES, Chain, NeuronRun, take
 from .native import address_of, event_parallel
 from .raster import Raster
@@ -139,7 +140,7 @@ class NeuronTape(Tape):
             "keep_membrane": recorder.keep_membrane, "keep_current": recorder.keep_current,
             "unit_spikes": plan.unit_spikes, "outputs": [4 * kind + ROLES[role] for kind, role in self.roles],
             "input_attached": x.requires_grad, "dense": recorder.store.dense, "next_block": len(self.blocks),
-            "fed": x if source is not None and source.has_lane else None,
+            "fed": x if source is not None and (source.has_lane or isinstance(source, FeedTape)) else None,
         })
         self.has_lane = self.lane_follows = True
 

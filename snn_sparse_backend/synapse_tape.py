@@ -14,6 +14,7 @@ from . import kernels
 from .build import load_node
 from .config import Options
 from .counters import counts
+from .feeds import FeedTape
 from .lanes import Chain, take
 from .native import address_of, event_parallel, threads_for
 from .raster import Raster, RasterStack
@@ -412,14 +413,14 @@ def tiles_of(module: nn.Module) -> torch.Tensor | None:
     return _tiles.get(module)
 
 
-def claim_current(x: torch.Tensor, neuron: NeuronTape) -> tuple[weakref.ref[SynapseTape], int] | None:
-    """The synapse step that made a neuron's input, if a synapse tape did.
+def claim_current(x: torch.Tensor, neuron: NeuronTape) -> tuple[weakref.ref[Any], int] | None:
+    """The step of a synapse, a convolution or a pooling that made a neuron's input, if it was recorded on a tape.
 
     A synapse that no spikes own belongs to the neuron sequence that consumes its current. If it belongs to another one
     already, the current moves to a node of its own, so that both sequences can be differentiated separately.
     """
     tape = load_node().tape_of(x)
-    if not isinstance(tape, SynapseTape):
+    if not isinstance(tape, (SynapseTape, FeedTape)):
         return None
     tape.absorb()
     index = x.output_nr
