@@ -12,7 +12,16 @@ from torch import nn
 from . import kernels
 from .build import load_node
 from .config import Options
-from .convolution import Convolution, ImageGradient, dense_gradients
+from .convolution import (
+    Convolution,
+    ImageGradient,
+    dense_gradients,
+    event_forward,
+    event_input_gradient,
+    event_weight_gradient,
+    events_serve,
+    pack_weight,
+)
 from .counters import counts
 from .feeds import FeedTape, PooledDelivery
 from .native import event_parallel
@@ -53,6 +62,7 @@ class ConvTape(FeedTape):
         self.latest: torch.Tensor | None = None  # input of the last step
         self.current: torch.Tensor | None = None  # its current, an alias, to be copied while the input stays the same
         self.current_version = 0
+        self.packed: torch.Tensor | None = None  # the weight, for a forward product event by event
 
     def _versions(self) -> tuple[int, int]:
         return self.weight._version, self.bias._version if self.bias is not None else 0
@@ -99,15 +109,38 @@ class ConvTape(FeedTape):
         """What the current of a step was computed from, if it is still just that."""
         return self.steps[index].entry if index < len(self.steps) and current._version == 0 else None
 
-    def currents(self, host: Callable[[], torch.Tensor], entry: Entry) -> torch.Tensor:
-        """The output of the convolution outside autograd; computed once while the input stays the very same tensor."""
+    def currents(self, host: Callable[[], torch.Tensor], x: torch.Tensor, entry: Entry) -> torch.Tensor:
+        """The output of the convolution outside autograd: by the host's own operation, or summed over the spikes.
+
+        While the input stays the very same tensor, it is computed once and copied.
+        """
         if self.steps and self.steps[-1].entry is entry and self.current is not None:
             if self.current._version == self.current_version:
                 return self.current.clone()
         with torch.no_grad():
-            current = host()
+            current = self._event_currents(x, entry)
+            current = host() if current is None else current
         self.current, self.current_version = current.detach(), current._version
         return current
+
+    def _event_currents(self, x: torch.Tensor, entry: Entry) -> torch.Tensor | None:
+        if self.options.forward != "sparse" or not self._pays(entry.raster):
+            return None
+        assert entry.raster is not None
+        if self.packed is None:
+            self.packed = pack_weight(self.weight)
+        counts["conv_forward_sparse"] += 1
+        stops = self.convolution.window.stops(x.shape)
+        return event_forward(self.convolution, entry.raster, self.packed,
+                             self.bias.detach() if self.bias is not None else None, x.shape[1:],
+                             torch.Size((self.weight.shape[0], *stops)))
+
+    def _pays(self, raster: Raster | None) -> bool:
+        """Whether a product is better done event by event."""
+        if raster is None or not self.convolution.serves(raster.device):
+            return False
+        density = kernels.density(raster)
+        return density is not None and density <= self.options.crossover_on(raster.device)
 
     def attach(self, x: torch.Tensor | None, current: torch.Tensor, step: Step) -> bool:
         """Makes ``current`` an output of this tape's node; False if the order of the graph forbids it."""
@@ -186,34 +219,57 @@ class ConvTape(FeedTape):
 
     def _gradients(self, chosen: list[int], grad: ImageGradient, needs: Sequence[bool],
                    result: list[torch.Tensor | None], task: int) -> None:
-        shape, wanted = self.steps[0].shape[1:], any(needs[2 + i] for i in chosen)
+        shape, weight, total, images = self.steps[0].shape[1:], self.weight.detach(), None, None
         if needs[1]:
             result[1] = grad.bias()
-        total = None
-        if wanted:
+        if any(needs[2 + i] for i in chosen):
             check_version(self.weight, self.versions[0])
-            total = grad.grad.new_empty((grad.rows, shape.numel()))
-            counts["conv_input_dense"] += 1
-        images = self._images(chosen, shape) if needs[0] else None
-        if images is not None:
-            counts["conv_weight_dense"] += 1
+            if not self._active_inputs(chosen, grad, needs, task):
+                total = grad.grad.new_empty((grad.rows, shape.numel()))
+                counts["conv_input_dense"] += 1
+        if needs[0]:
+            raster = self._raster_of(chosen)
+            if raster is not None and events_serve(grad) and self._pays(raster):
+                counts["conv_weight_sparse"] += 1
+                result[0] = event_weight_gradient(self.convolution, grad, raster, shape)
+            else:
+                images = self._images(chosen, shape, raster)
+                counts["conv_weight_dense"] += 1
         if images is not None or total is not None:
-            result[0] = dense_gradients(self.convolution, grad, self.weight.detach(), images, shape, total)
+            found = dense_gradients(self.convolution, grad, weight, images, shape, total)
+            result[0] = found if found is not None else result[0]
         if total is not None:
             self._return_inputs(chosen, total, needs, result, task)
 
-    def _images(self, chosen: list[int], shape: torch.Size) -> Callable[[int, int], torch.Tensor]:
+    def _active_inputs(self, chosen: list[int], grad: ImageGradient, needs: Sequence[bool], task: int) -> bool:
+        """Gives the neuron before the gradients of its spikes at the active sites, if that is enough and pays."""
+        before, blocks = self._before(chosen, needs)
+        if not isinstance(before, NeuronTape) or not self.convolution.serves(grad.grad.device) or not events_serve(grad):
+            return False
+        active, shape = before.active_set(blocks, self.options), self.steps[0].shape[1:]
+        if active is None or (active.rows, active.cols) != (grad.rows, shape.numel()):
+            return False
+        counts["conv_input_sparse"] += 1
+        packed = self.packed if self.packed is not None else pack_weight(self.weight)
+        values = event_input_gradient(self.convolution, grad, active, packed, shape)
+        before.deliver(Delivery(task, blocks, active=values))
+        return True
+
+    def _images(self, chosen: list[int], shape: torch.Size,
+                raster: Raster | None) -> Callable[[int, int], torch.Tensor]:
         """Gives some rows of the inputs of these steps."""
         dtype = self.weight.dtype
-        if self.rasters is not None:
-            raster = self._raster_of(chosen)
+        if raster is not None:
             return lambda first, end: kernels.unpack(raster.part(first, end), dtype).view(-1, *shape)
         entries = [self.steps[i].entry for i in chosen]
         x = torch.cat([e.values(dtype) for e in entries]) if len(entries) > 1 else entries[0].values(dtype)
         return lambda first, end: x[first:end].view(-1, *shape)
 
-    def _raster_of(self, chosen: list[int]) -> Raster:
-        if self.rasters is not None and len(chosen) == len(self.steps):
+    def _raster_of(self, chosen: list[int]) -> Raster | None:
+        """The inputs of these steps, None if one of them is not of zeros and ones."""
+        if self.rasters is None:
+            return None
+        if len(chosen) == len(self.steps):
             return self.rasters.whole()
         rasters = [self.steps[i].entry.raster for i in chosen]
         return Raster.concatenate(raster for raster in rasters if raster is not None)
@@ -244,7 +300,7 @@ class ConvTape(FeedTape):
     def release(self) -> None:
         super().release()
         self.steps, self.rows, self.rasters = [], [], None
-        self.latest = self.current = None
+        self.latest = self.current = self.packed = None
 
 
 def run_convolution(module: nn.Conv2d, convolution: Convolution, options: Options, host: Callable[[], torch.Tensor],
@@ -267,7 +323,7 @@ def run_convolution(module: nn.Conv2d, convolution: Convolution, options: Option
     if not isinstance(tape, ConvTape) or not tape.continues(module, convolution, options, x):
         tape = ConvTape(module, convolution, options, owner)
     entry = tape.entry_of(x, tag)
-    current = tape.currents(host, entry)
+    current = tape.currents(host, x, entry)
     step = Step(entry, x if owner is None and x.requires_grad else None, x.shape, x.shape[0], None)
     if owner is not None and tag is not None:
         made_by = load_node().tape_of(x)

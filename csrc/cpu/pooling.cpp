@@ -1,6 +1,8 @@
 // Max pooling that remembers one byte a site, and its backward.
 #include <algorithm>
 #include <limits>
+#include <type_traits>
+#include <vector>
 
 #include "kernels.h"
 #include "parallel.h"
@@ -10,29 +12,21 @@ namespace snn {
 namespace SSB_ISA {
 namespace {
 
-// One row of stops of a window that lies inside the image everywhere; its size and stride are known to the compiler.
-template <class T, int kernel, int stride>
-void pool_row(const T* image, int64_t width, int64_t stops, T* pooled, uint8_t* places) {
-  constexpr int64_t kStops = 64;
-  int32_t place[kStops];  // as wide as a value, for the vectors
-  for (int64_t first = 0; first < stops; first += kStops) {
-    const int64_t count = std::min(kStops, stops - first);
-    const T* corner = image + first * stride;
-    for (int64_t i = 0; i < count; i++) {
-      T best = corner[i * stride];
-      int32_t found = 0;
-      for (int y = 0; y < kernel; y++)
-        for (int x = y ? 0 : 1; x < kernel; x++) {
-          const T value = corner[y * width + i * stride + x];
-          const bool larger = (value > best) | (value != value);
-          best = larger ? value : best;
-          found = larger ? y * kernel + x : found;
-        }
-      pooled[first + i] = best;
-      place[i] = found;
+constexpr int64_t kStops = 64;  // at a time
+
+// Windows that lie inside their images: of the 64 at some corners, the maxima and their places. Without branches, as
+// nobody can foresee which value is larger.
+template <class T, class Place>
+void pool_inside(const T* images, const int32_t* corner, const std::vector<int32_t>& inner, T* best, Place* found) {
+  for (int64_t i = 0; i < kStops; i++) best[i] = images[corner[i] + inner[0]];
+  std::fill(found, found + kStops, Place(0));
+  for (size_t k = 1; k < inner.size(); k++)
+    for (int64_t i = 0; i < kStops; i++) {
+      const T value = images[corner[i] + inner[k]];
+      const bool larger = (value > best[i]) | (value != value);
+      best[i] = larger ? value : best[i];
+      found[i] = larger ? static_cast<Place>(k) : found[i];
     }
-    for (int64_t i = 0; i < count; i++) places[first + i] = static_cast<uint8_t>(place[i]);
-  }
 }
 
 template <class T> void pool_stop(const SnnWindow& w, const T* image, int64_t y, int64_t x, T* pooled, uint8_t* place) {
@@ -55,26 +49,42 @@ template <class T> void pool_stop(const SnnWindow& w, const T* image, int64_t y,
 }
 
 template <class T> int64_t pool(const SnnMaxPool& a) {
+  using Place = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;  // as wide as a value, for the vectors
   const SnnWindow& w = a.window;
   const int64_t size = w.height * w.width, stops = w.out_height * w.out_width;
-  const bool inside = w.pad_h == 0 && w.pad_w == 0 && (w.out_height - 1) * w.stride_h + w.kernel_h <= w.height &&
-                      (w.out_width - 1) * w.stride_w + w.kernel_w <= w.width;
-  const bool plain = inside && w.dilation_h == 1 && w.dilation_w == 1 && w.kernel_h == w.kernel_w &&
-                     w.stride_h == 2 && w.stride_w == 2;
-  parallel_blocks(a.planes, a.threads, [&](int64_t plane) {
-    const T* image = static_cast<const T*>(a.images) + plane * size;
-    T* pooled = static_cast<T*>(a.pooled) + plane * stops;
-    uint8_t* places = a.places + plane * stops;
-    for (int64_t y = 0; y < w.out_height; y++) {
-      const T* row = image + y * 2 * w.width;
-      const int64_t first = y * w.out_width;
-      if (plain && w.kernel_h == 2)
-        pool_row<T, 2, 2>(row, w.width, w.out_width, pooled + first, places + first);
-      else if (plain && w.kernel_h == 3)
-        pool_row<T, 3, 2>(row, w.width, w.out_width, pooled + first, places + first);
-      else
-        for (int64_t x = 0; x < w.out_width; x++)
-          pool_stop(w, image, y, x, pooled + first + x, places + first + x);
+  const bool inside = w.pad_h == 0 && w.pad_w == 0 &&
+                      site_of(w.out_height - 1, w.kernel_h - 1, w.stride_h, 0, w.dilation_h) < w.height &&
+                      site_of(w.out_width - 1, w.kernel_w - 1, w.stride_w, 0, w.dilation_w) < w.width;
+  // Small planes are taken together. Behind the last corner the first one is read again.
+  const int64_t together = std::max<int64_t>(1, 4 * kStops / std::max<int64_t>(stops, 1));
+  std::vector<int32_t> corner((together * stops + kStops - 1) / kStops * kStops, 0), inner;
+  for (int64_t i = 0; i < together * stops; i++) {
+    const int64_t stop = i % stops;
+    corner[i] = static_cast<int32_t>(i / stops * size + stop / w.out_width * w.stride_h * w.width +
+                                     stop % w.out_width * w.stride_w);
+  }
+  for (int64_t k = 0; k < w.kernel_h * w.kernel_w; k++)
+    inner.push_back(static_cast<int32_t>(k / w.kernel_w * w.dilation_h * w.width + k % w.kernel_w * w.dilation_w));
+  parallel_blocks((a.planes + together - 1) / together, a.threads, [&](int64_t group) {
+    const int64_t first = group * together, planes = std::min(together, a.planes - first);
+    const T* images = static_cast<const T*>(a.images) + first * size;
+    T* pooled = static_cast<T*>(a.pooled) + first * stops;
+    uint8_t* places = a.places + first * stops;
+    if (!inside) {
+      for (int64_t i = 0; i < planes * stops; i++)
+        pool_stop(w, images + i / stops * size, i % stops / w.out_width, i % w.out_width, pooled + i, places + i);
+      return;
+    }
+    for (int64_t i = 0; i < planes * stops; i += kStops) {
+      int32_t from[kStops];
+      T best[kStops];
+      Place found[kStops];
+      const int64_t count = std::min(kStops, planes * stops - i);
+      std::copy_n(&corner[i], kStops, from);
+      std::fill(from + count, from + kStops, from[0]);
+      pool_inside(images, from, inner, best, found);
+      std::copy_n(best, count, pooled + i);
+      for (int64_t k = 0; k < count; k++) places[i + k] = static_cast<uint8_t>(found[k]);
     }
   });
   return 0;
