@@ -230,8 +230,11 @@ struct SnnConvolution {
   int32_t dtype, threads;
 };
 
+// Channels are summed `together` at a time, from zero on, place by place of the window and in each place channel by
+// channel; these sums are then added to the bias one after another.
 struct SnnConvForward {
   SnnConvolution convolution;
+  int64_t together;
   const uint64_t* raster;  // [rows, words] input spikes
   const void* weight;      // [channels, kernel_h, kernel_w, padded], zeros behind the outputs
   const void* bias;        // [outputs] or null

@@ -12,6 +12,7 @@ from torch import nn
 from . import kernels
 from .build import load_node
 from .config import Options
+from .conv_summation import adds_alike
 from .convolution import (
     Convolution,
     ImageGradient,
@@ -63,6 +64,7 @@ class ConvTape(FeedTape):
         self.current: torch.Tensor | None = None  # its current, an alias, to be copied while the input stays the same
         self.current_version = 0
         self.packed: torch.Tensor | None = None  # the weight, for a forward product event by event
+        self.alike: tuple[torch.Size, bool] | None = None  # whether the host adds in the same order, by shape of the input
 
     def _versions(self) -> tuple[int, int]:
         return self.weight._version, self.bias._version if self.bias is not None else 0
@@ -124,16 +126,23 @@ class ConvTape(FeedTape):
         return current
 
     def _event_currents(self, x: torch.Tensor, entry: Entry) -> torch.Tensor | None:
-        if self.options.forward != "sparse" or not self._pays(entry.raster):
+        weight, bias = self.weight.detach(), self.bias.detach() if self.bias is not None else None
+        if entry.raster is None or not self._pays(entry.raster):
             return None
-        assert entry.raster is not None
+        if self.options.forward != "sparse" and not self._adds_alike(x):
+            return None
         if self.packed is None:
-            self.packed = pack_weight(self.weight)
+            self.packed = pack_weight(weight)
         counts["conv_forward_sparse"] += 1
-        stops = self.convolution.window.stops(x.shape)
-        return event_forward(self.convolution, entry.raster, self.packed,
-                             self.bias.detach() if self.bias is not None else None, x.shape[1:],
-                             torch.Size((self.weight.shape[0], *stops)))
+        image = torch.Size((weight.shape[0], *self.convolution.window.stops(x.shape)))
+        return event_forward(self.convolution, entry.raster, self.packed, bias, x.shape[1:], image)
+
+    def _adds_alike(self, x: torch.Tensor) -> bool:
+        """Whether events can be added in the host's order: the outputs are the same bits."""
+        if self.alike is None or self.alike[0] != x.shape:
+            known = adds_alike(self.convolution, x.shape, self.weight.detach(), self.bias is not None)
+            self.alike = x.shape, known
+        return self.alike[1] and x.is_contiguous()
 
     def _pays(self, raster: Raster | None) -> bool:
         """Whether a product is better done event by event."""

@@ -18,6 +18,7 @@ from .raster import Raster
 # larger pieces are slower (measured).
 _CPU_BYTES, _CUDA_BYTES = 8 << 20, 256 << 20
 _VECTOR_BYTES = 64
+CHANNELS_TOGETHER = 16  # as oneDNN sums them
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def events_serve(grad: ImageGradient) -> bool:
 
 
 def event_forward(convolution: Convolution, raster: Raster, packed: torch.Tensor, bias: torch.Tensor | None,
-                  shape: torch.Size, image: torch.Size) -> torch.Tensor:
+                  shape: torch.Size, image: torch.Size, together: int = CHANNELS_TOGETHER) -> torch.Tensor:
     """Currents ``[rows, O, H', W']`` of spikes.
 
     Args:
@@ -146,10 +147,11 @@ def event_forward(convolution: Convolution, raster: Raster, packed: torch.Tensor
         packed: the weight, see :func:`pack_weight`.
         bias: ``[O]``, detached, or None.
         shape, image: ``[C, H, W]`` of the input, ``[O, H', W']`` of the currents.
+        together: channels that are summed apart from the others, see ``SnnConvForward``.
     """
     current = packed.new_empty((raster.rows, *image))
     call("conv_forward", "SnnConvForward", packed.device, raster=raster.words, weight=packed, current=current,
-         bias=bias.contiguous() if bias is not None else None,
+         bias=bias.contiguous() if bias is not None else None, together=together,
          convolution=_struct(convolution, raster.rows, shape, image, packed.dtype))
     return current
 

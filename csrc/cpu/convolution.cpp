@@ -105,26 +105,122 @@ template <class T, class Body> void with_vectors(int64_t padded, Body body) {
 
 // ---------------------------------------------------------------------------------------------- forward
 
+// For each place of the window and each site along one axis: the offset of the stop that covers it there, -1 if none.
+std::vector<int32_t> stops_of(int64_t sites, int64_t stops, int64_t kernel, int64_t stride, int64_t pad,
+                              int64_t dilation, int64_t apart) {
+  std::vector<int32_t> found(kernel * sites, -1);
+  for (int64_t k = 0; k < kernel; k++)
+    for (int64_t site = 0; site < sites; site++) {
+      const int64_t at = site + pad - k * dilation;
+      if (at >= 0 && at % stride == 0 && at / stride < stops)
+        found[k * sites + site] = static_cast<int32_t>(at / stride * apart);
+    }
+  return found;
+}
+
+// The spikes of some channels of one row, in their order, and those of them that a place of the window touches.
+struct Spikes {
+  explicit Spikes(int64_t most) : weight(most), row(most), column(most), from(most), to(most), at(most) {}
+  Scratch<int32_t> weight, row, column;  // of all: where the weights of the channel begin, where the spike is
+  Scratch<int32_t> from, to, at;
+};
+
+template <class T> class ForwardProduct {
+ public:
+  explicit ForwardProduct(const SnnConvForward& a)
+      : a_(a), c_(a.convolution), w_(c_.window), images_(c_), plane_(w_.height * w_.width),
+        rows_(stops_of(w_.height, w_.out_height, w_.kernel_h, w_.stride_h, w_.pad_h, w_.dilation_h,
+                       w_.out_width * c_.padded)),
+        columns_(stops_of(w_.width, w_.out_width, w_.kernel_w, w_.stride_w, w_.pad_w, w_.dilation_w, c_.padded)),
+        bias_(c_.padded, T(0)) {
+    if (a.bias) std::copy_n(static_cast<const T*>(a.bias), c_.outputs, bias_.begin());
+  }
+
+  int64_t image() const { return images_.stops * c_.padded; }
+  int64_t most_spikes() const { return std::min(a_.together, c_.channels) * plane_; }
+
+  void row(int64_t row, Spikes& spikes, T* sum, T* total) const {
+    const bool at_once = a_.together >= c_.channels;  // then there is one sum, to which the bias is added
+    for (int64_t p = 0; p < images_.stops && !at_once; p++)
+      std::copy_n(bias_.data(), c_.padded, total + p * c_.padded);
+    for (int64_t channel = 0; channel < c_.channels; channel += a_.together) {
+      const int64_t end = std::min(channel + a_.together, c_.channels);
+      const int64_t count = collect(row, channel, end, spikes);
+      if (channel && !count) continue;
+      std::fill(sum, sum + image(), T(0));
+      with_vectors<T>(c_.padded, [&](auto vectors) { add_weights(spikes, count, sum, vectors); });
+      if (!at_once) add(sum, total, image() / kVectorLanes<T>);
+    }
+    T* out = static_cast<T*>(a_.current) + row * c_.outputs * images_.stops;
+    for (int64_t o = 0; o < c_.outputs; o++)
+      for (int64_t p = 0; p < images_.stops; p++)
+        out[o * images_.stops + p] = at_once ? sum[p * c_.padded + o] + bias_[o] : total[p * c_.padded + o];
+  }
+
+ private:
+  int64_t collect(int64_t row, int64_t channel, int64_t end, Spikes& spikes) const {
+    const uint64_t* raster = a_.raster + row * images_.words;
+    const int64_t first = channel * plane_, last = end * plane_;
+    const uint32_t plane = static_cast<uint32_t>(plane_), width = static_cast<uint32_t>(w_.width);
+    const int32_t places = static_cast<int32_t>(w_.kernel_h * w_.kernel_w * c_.padded);
+    int64_t count = 0;
+    for (int64_t word = first / 64; word * 64 < last; word++) {
+      uint64_t bits = raster[word];
+      if (word * 64 < first) bits &= ~uint64_t(0) << (first & 63);
+      if (word * 64 + 64 > last) bits &= ~(~uint64_t(0) << (last & 63));
+      for_each_bit(bits, [&](int bit) {
+        const uint32_t site = static_cast<uint32_t>(64 * word + bit), inside = site % plane;
+        spikes.weight[count] = static_cast<int32_t>(site / plane) * places;
+        spikes.row[count] = static_cast<int32_t>(inside / width);
+        spikes.column[count++] = static_cast<int32_t>(inside % width);
+      });
+    }
+    return count;
+  }
+
+  // Place by place of the window, so that each sum runs through places and then channels. Who is not touched is
+  // overwritten by the next: no branch that nobody can foresee.
+  template <class Count> SNN_HD void add_weights(Spikes& spikes, int64_t count, T* sum, Count vectors) const {
+    const T* weight = static_cast<const T*>(a_.weight);
+    for (int64_t ky = 0; ky < w_.kernel_h; ky++) {
+      const int32_t* row_of = &rows_[ky * w_.height];
+      int64_t hits = 0;
+      for (int64_t e = 0; e < count; e++) {
+        const int32_t row = row_of[spikes.row[e]];
+        spikes.from[hits] = spikes.weight[e];
+        spikes.to[hits] = row;
+        spikes.at[hits] = spikes.column[e];
+        hits += row >= 0;
+      }
+      for (int64_t kx = 0; kx < w_.kernel_w; kx++) {
+        const int32_t* column_of = &columns_[kx * w_.width];
+        const T* place = weight + (ky * w_.kernel_w + kx) * c_.padded;
+        for (int64_t e = 0; e < hits; e++) {
+          const int32_t column = column_of[spikes.at[e]];
+          if (column >= 0) add(place + spikes.from[e], sum + spikes.to[e] + column, vectors);
+        }
+      }
+    }
+  }
+
+  const SnnConvForward& a_;
+  const SnnConvolution& c_;
+  const SnnWindow& w_;
+  const Images<T> images_;
+  const int64_t plane_;
+  const std::vector<int32_t> rows_, columns_;
+  std::vector<T> bias_;
+};
+
 template <class T> int64_t forward(const SnnConvForward& a) {
   const SnnConvolution& c = a.convolution;
-  const Images<T> images(c);
-  const T *weight = static_cast<const T*>(a.weight), *given = static_cast<const T*>(a.bias);
-  std::vector<T> bias(c.padded, T(0));
-  if (given) std::copy_n(given, c.outputs, bias.begin());
+  const ForwardProduct<T> product(a);
   const int64_t blocks = std::min<int64_t>(c.rows, std::max(1, 4 * c.threads));
   parallel_for(blocks, c.threads, [&](int64_t block) {
-    Scratch<T> sums(images.stops * c.padded);
-    for (int64_t row = c.rows * block / blocks; row < c.rows * (block + 1) / blocks; row++) {
-      for (int64_t p = 0; p < images.stops; p++) std::copy_n(bias.data(), c.padded, &sums[p * c.padded]);
-      with_vectors<T>(c.padded, [&](auto vectors) {
-        images.sites_of(a.raster + row * images.words, [&](int64_t site) {
-          images.windows_of(site, [&](int64_t from, int64_t to) { add(weight + from, &sums[to], vectors); });
-        });
-      });
-      T* out = static_cast<T*>(a.current) + row * c.outputs * images.stops;
-      for (int64_t o = 0; o < c.outputs; o++)
-        for (int64_t p = 0; p < images.stops; p++) out[o * images.stops + p] = sums[p * c.padded + o];
-    }
+    Scratch<T> sum(product.image()), total(product.image());
+    Spikes spikes(product.most_spikes());
+    for (int64_t row = c.rows * block / blocks; row < c.rows * (block + 1) / blocks; row++)
+      product.row(row, spikes, sum.get(), total.get());
   });
   return 0;
 }
