@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..build import load_node
+from ..compat.torch_modes import scripts_as
 from ..config import config
 from ..conv_tape import ConvTape, run_convolution
 from ..convolution import Convolution
@@ -92,7 +93,7 @@ def _pooled(host: Callable[..., Any], pool_of: Callable[..., Pool | None], *args
     x = args[0] if args else kwargs.get("input")
     source = _source_of(x)
     pool = pool_of(*args, **kwargs) if source is not None else None
-    if source is not None and pool is not None:
+    if source is not None and pool is not None and isinstance(x, torch.Tensor):
         return run_pool(pool, x, *source)
     result, tag = host(*args, **kwargs), getattr(x, TAG, None)
     if isinstance(tag, SourceTag) and type(result) is torch.Tensor:
@@ -102,13 +103,13 @@ def _pooled(host: Callable[..., Any], pool_of: Callable[..., Pool | None], *args
 
 def _max_pool(input: torch.Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
               ceil_mode: bool = False, return_indices: bool = False) -> Pool | None:
-    window = _window(kernel_size, stride, padding, dilation)
+    window = _window(input, kernel_size, stride, padding, dilation, bool(ceil_mode))
     return MaxPool(window, bool(ceil_mode)) if window is not None and not return_indices else None
 
 
 def _avg_pool(input: torch.Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
               count_include_pad: bool = True, divisor_override: int | None = None) -> Pool | None:
-    window = _window(kernel_size, stride, padding, 1)
+    window = _window(input, kernel_size, stride, padding, 1, bool(ceil_mode))
     if window is None:
         return None
     return AvgPool(window, bool(ceil_mode), bool(count_include_pad), divisor_override)
@@ -142,12 +143,18 @@ def _pair(value: Any) -> tuple[int, int] | None:
     return None
 
 
-def _window(kernel: Any, stride: Any, padding: Any, dilation: Any) -> Window | None:
+def _window(x: torch.Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> Window | None:
+    """The window, None if the host would refuse it for these images."""
     size, step = _pair(kernel), _pair(kernel if stride is None or stride == [] else stride)
     around, apart = _pair(padding), _pair(dilation)
     if size is None or step is None or around is None or apart is None:
         return None
-    return Window(size, step, around, apart)
+    if min(*size, *step, *apart) < 1 or any(not 0 <= 2 * p <= k for p, k in zip(around, size, strict=True)):
+        return None
+    if max(around) > 0 and max(apart) > 1:  # a window may lie outside its image altogether
+        return None
+    window = Window(size, step, around, apart)
+    return window if min(window.stops(x.shape, ceil_mode)) > 0 else None
 
 
 def switch(on: bool) -> None:
@@ -155,3 +162,7 @@ def switch(on: bool) -> None:
     nn.Conv2d.forward = conv_forward if on else host_forward  # type: ignore[method-assign]
     F.max_pool2d = max_pool2d if on else host_max_pool2d
     F.avg_pool2d = avg_pool2d if on else host_avg_pool2d
+
+
+scripts_as(max_pool2d, host_max_pool2d)
+scripts_as(avg_pool2d, host_avg_pool2d)

@@ -55,7 +55,7 @@ def _eligible(module: nn.Linear, x: torch.Tensor) -> bool:
     return bool(x.numel() and weight.numel()) and tensor_problem(x, weight) is None and mode_problem(x.device) is None
 
 
-def options_of(synapse: nn.Linear) -> Options | None:
+def options_of(synapse: nn.Module) -> Options | None:
     """Options in force for the neuron that a synapse feeds; None if it is not known to feed one."""
     known = _feeding.get(synapse)
     neuron = known[0]() if known is not None else None

@@ -202,7 +202,7 @@ struct SnnWindow {
 
 // The maximum under each stop of the window: of equal values the first, row by row; a NaN always, of several the last.
 struct SnnMaxPool {
-  SnnWindow window;      // of at most 256 sites
+  SnnWindow window;      // of at most 256 sites; at each stop one of them at least is inside the image
   int64_t planes;        // rows times channels
   const void* images;    // [planes, height, width]
   void* pooled;          // [planes, out_height, out_width]

@@ -1,8 +1,8 @@
 """Whether the host's convolution adds in the order of our kernel, so that a sum over events can give the same bits.
 
-oneDNN, which computes ``torch.nn.functional.conv2d`` in float32 on the CPU, cuts the channels into blocks of sixteen. It
-sums each block from zero on, place by place of the window and in each place channel by channel, and adds these sums to
-the bias one after another. On images of zeros and ones, leaving out the zeros then changes no bit.
+oneDNN, which computes ``torch.nn.functional.conv2d`` in float32 on the CPU, cuts the channels into blocks of sixteen.
+It sums each block from zero on, place by place of the window and in each place channel by channel, and adds these sums
+to the bias one after another. On images of zeros and ones, leaving out the zeros then changes no bit.
 
 Nobody promises that order, so it is verified for each shape, bit by bit at every output, on random operands of mixed
 magnitudes. Where some other code computes the convolution, that runs itself.
@@ -81,7 +81,7 @@ def _verify(convolution: Convolution, shape: torch.Size, kernel: torch.Size, bia
 
 
 def _mixed(shape: torch.Size, offset: int) -> torch.Tensor:
-    """Normal numbers over sixteen binary orders of magnitude, some of them negative zeros; the first output negative."""
+    """Numbers over sixteen binary orders of magnitude, some of them negative zeros; the first output's all negative."""
     numbers = torch.randn(shape) * torch.exp2(torch.randint(-8, 8, shape).float())
     numbers[:1] = -numbers[:1].abs()
     return _placed(numbers.masked_fill_(torch.rand(shape) < 0.01, -0.0), offset)

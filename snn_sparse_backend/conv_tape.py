@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +29,7 @@ from .feeds import FeedTape, PooledDelivery
 from .native import event_parallel
 from .neuron_tape import NeuronTape
 from .raster import Raster, RasterStack
-from .synapse_steps import Entry, Step, check_version
+from .synapse_steps import Entry, check_version
 from .tapes import TOPOLOGICAL_SLACK, Delivery, Links, SpikeTag, Tape, part
 
 if TYPE_CHECKING:
@@ -36,6 +37,25 @@ if TYPE_CHECKING:
 
 # The open tape of a convolution whose input carries no raster, so that no neuron sequence owns it yet.
 _unowned: weakref.WeakKeyDictionary[nn.Module, weakref.ref[ConvTape]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(eq=False)
+class ConvStep:
+    """One call.
+
+    Args:
+        entry: its input.
+        input: as autograd knows it, where a gradient flows to it and the step may have to move.
+        shape: of the input.
+        rows: of the batch.
+        before: the step of the tape whose untouched output the input is.
+    """
+
+    entry: Entry
+    input: torch.Tensor | None
+    shape: torch.Size
+    rows: int
+    before: tuple[weakref.ref[Tape], int] | None = None
 
 
 class ConvTape(FeedTape):
@@ -55,7 +75,8 @@ class ConvTape(FeedTape):
         self._sink: weakref.ref[NeuronTape] | None = None
         self.weight, self.bias = module.weight, module.bias
         self.versions = self._versions()
-        self.steps: list[Step] = []
+        self.steps: list[ConvStep] = []
+        self.outputs: list[weakref.ref[torch.Tensor]] = []
         self.image = torch.Size()  # of the currents [O, H', W']
         self.rasters: RasterStack | None = RasterStack()  # of all inputs, as long as all have one
         self.before: Links[Tape] = Links()  # the neuron or the pooling whose outputs the inputs are
@@ -64,7 +85,7 @@ class ConvTape(FeedTape):
         self.current: torch.Tensor | None = None  # its current, an alias, to be copied while the input stays the same
         self.current_version = 0
         self.packed: torch.Tensor | None = None  # the weight, for a forward product event by event
-        self.alike: tuple[torch.Size, bool] | None = None  # whether the host adds in the same order, by shape of the input
+        self.alike: tuple[torch.Size, bool] | None = None  # whether the host adds alike, for which inputs
 
     def _versions(self) -> tuple[int, int]:
         return self.weight._version, self.bias._version if self.bias is not None else 0
@@ -78,7 +99,7 @@ class ConvTape(FeedTape):
         return self._sink
 
     @sink.setter
-    def sink(self, neuron: weakref.ref[Any]) -> None:
+    def sink(self, neuron: weakref.ref[Any] | None) -> None:
         self._sink = neuron
 
     def continues(self, module: nn.Conv2d, convolution: Convolution, options: Options, x: torch.Tensor) -> bool:
@@ -110,6 +131,11 @@ class ConvTape(FeedTape):
     def entry_at(self, index: int, current: torch.Tensor) -> Entry | None:
         """What the current of a step was computed from, if it is still just that."""
         return self.steps[index].entry if index < len(self.steps) and current._version == 0 else None
+
+    def output_at(self, index: int) -> torch.Tensor | None:
+        """The current of a step as it came out of this node, None if nobody has it any more."""
+        current = self.outputs[index]()
+        return current if current is not None and load_node().tape_of(current) is self else None
 
     def currents(self, host: Callable[[], torch.Tensor], x: torch.Tensor, entry: Entry) -> torch.Tensor:
         """The output of the convolution outside autograd: by the host's own operation, or summed over the spikes.
@@ -151,7 +177,7 @@ class ConvTape(FeedTape):
         density = kernels.density(raster)
         return density is not None and density <= self.options.crossover_on(raster.device)
 
-    def attach(self, x: torch.Tensor | None, current: torch.Tensor, step: Step) -> bool:
+    def attach(self, x: torch.Tensor | None, current: torch.Tensor, step: ConvStep) -> bool:
         """Makes ``current`` an output of this tape's node; False if the order of the graph forbids it."""
         node = load_node()
         if self.handle is None:
@@ -163,11 +189,12 @@ class ConvTape(FeedTape):
             return False
         self.steps.append(step)
         self.rows.append(step.rows)
+        self.outputs.append(weakref.ref(current))
         if step.entry.raster is None:
             self.rasters = None
         elif self.rasters is not None:
             self.rasters.add(step.entry.raster)
-        self.before.add(step.spikes)
+        self.before.add(step.before)
         return True
 
     def move(self, index: int, output: torch.Tensor) -> ConvTape | None:
@@ -253,7 +280,9 @@ class ConvTape(FeedTape):
     def _active_inputs(self, chosen: list[int], grad: ImageGradient, needs: Sequence[bool], task: int) -> bool:
         """Gives the neuron before the gradients of its spikes at the active sites, if that is enough and pays."""
         before, blocks = self._before(chosen, needs)
-        if not isinstance(before, NeuronTape) or not self.convolution.serves(grad.grad.device) or not events_serve(grad):
+        if not isinstance(before, NeuronTape):
+            return False
+        if not self.convolution.serves(grad.grad.device) or not events_serve(grad):
             return False
         active, shape = before.active_set(blocks, self.options), self.steps[0].shape[1:]
         if active is None or (active.rows, active.cols) != (grad.rows, shape.numel()):
@@ -308,7 +337,7 @@ class ConvTape(FeedTape):
 
     def release(self) -> None:
         super().release()
-        self.steps, self.rows, self.rasters = [], [], None
+        self.steps, self.rows, self.outputs, self.rasters = [], [], [], None
         self.latest = self.current = self.packed = None
 
 
@@ -333,13 +362,13 @@ def run_convolution(module: nn.Conv2d, convolution: Convolution, options: Option
         tape = ConvTape(module, convolution, options, owner)
     entry = tape.entry_of(x, tag)
     current = tape.currents(host, x, entry)
-    step = Step(entry, x if owner is None and x.requires_grad else None, x.shape, x.shape[0], None)
+    step = ConvStep(entry, x if owner is None and x.requires_grad else None, x.shape, x.shape[0])
     if owner is not None and tag is not None:
         made_by = load_node().tape_of(x)
         if made_by is owner:
-            step.spikes = (weakref.ref(owner), tag.block)
+            step.before = weakref.ref(owner), tag.block
         elif isinstance(made_by, FeedTape):
-            step.spikes = (weakref.ref(made_by), x.output_nr)  # type: ignore[assignment]
+            step.before = weakref.ref(made_by), x.output_nr
     if not tape.attach(x, current, step):
         tape = ConvTape(module, convolution, options, owner)
         tape.attach(x, current, step)

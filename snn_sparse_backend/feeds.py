@@ -51,7 +51,7 @@ class FeedTape(Tape):
         raise NotImplementedError
 
     @sink.setter
-    def sink(self, neuron: weakref.ref[Any]) -> None:
+    def sink(self, neuron: weakref.ref[Any] | None) -> None:
         raise NotImplementedError
 
     @property

@@ -19,7 +19,7 @@ from .native import address_of, event_parallel
 from .raster import Raster
 from .recorder import Block, Plan, Recorder, Result
 from .scans import Layer, neuron_backward
-from .synapse_tape import SynapseTape, claim_current
+from .synapse_tape import SynapseTape, claim_current, give_back_current
 from .tables import Incoming, Recorded
 from .tapes import TAG, TOPOLOGICAL_SLACK, Delivery, Links, SpikeTag, Tape, part
 
@@ -258,6 +258,7 @@ def run_neuron(plan: Plan, x: torch.Tensor, states: Sequence[torch.Tensor], step
         if tape.commit(result, x, states):
             tape.arm(x, result)
             return result
+        give_back_current(result.block.source)
     tape = NeuronTape(plan, shape, dtype, x.device, states)
     if result is None:
         result = tape.recorder.run(x, states, steps, record, first=True)

@@ -67,7 +67,7 @@ class PoolTape(FeedTape):
         return source.sink if isinstance(source, ConvTape) else None
 
     @sink.setter
-    def sink(self, neuron: weakref.ref[Any]) -> None:
+    def sink(self, neuron: weakref.ref[Any] | None) -> None:
         source = self.source()
         if isinstance(source, ConvTape):
             source.sink = neuron
@@ -109,7 +109,11 @@ class PoolTape(FeedTape):
         source, step = self.source(), self.steps[index]
         if not isinstance(source, ConvTape):
             return None
-        images = placeholder((self.rows[index], *step.image), output)
+        images = source.output_at(step.index)
+        if images is None:
+            images = placeholder((self.rows[index], *step.image), output)
+        elif images._backward_hooks or images.retains_grad:  # then its history cannot be replaced
+            return None
         fresh_source = source.move(step.index, images)
         if fresh_source is None:
             return None

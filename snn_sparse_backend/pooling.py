@@ -74,8 +74,9 @@ class MaxPool:
         assert places is not None
         w, found = self.window, grad.new_empty((grad.shape[0], *image))
         if places.dtype is not torch.uint8:
-            return torch.ops.aten.max_pool2d_with_indices_backward(  # type: ignore[no-any-return]
+            result: torch.Tensor = torch.ops.aten.max_pool2d_with_indices_backward(
                 grad, found, w.kernel, w.stride, w.padding, w.dilation, self.ceil_mode, places)
+            return result
         call("max_pool_backward", "SnnMaxPoolBackward", grad.device, window=w.struct(image, grad.shape),
              planes=grad.shape[:2].numel(), grad=grad.contiguous(), places=places.contiguous(), grad_images=found,
              dtype=DTYPES[grad.dtype], threads=threads_for(found.numel()))

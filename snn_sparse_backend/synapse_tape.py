@@ -435,3 +435,10 @@ def claim_current(x: torch.Tensor, neuron: NeuronTape) -> tuple[weakref.ref[Any]
             moved.sink, tape, index = weakref.ref(neuron), moved, 0
         tape.claimed = index
     return weakref.ref(tape), index
+
+
+def give_back_current(source: tuple[weakref.ref[Any], int] | None) -> None:
+    """Undoes a claim, as far as it was the first: the next one need not move the current."""
+    tape = source[0]() if source is not None and source[1] == 0 else None
+    if tape is not None and tape.owner is None:
+        tape.sink = None
