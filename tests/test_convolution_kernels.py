@@ -3,86 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from convolution_cases import Case, close, compare_max_pool, compare_products
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from torch.nn import functional as F
 
 from snn_sparse_backend import conv_summation, kernels, native
 from snn_sparse_backend.conv_summation import adds_alike
-from snn_sparse_backend.convolution import (
-    Convolution,
-    ImageGradient,
-    dense_gradients,
-    event_forward,
-    event_input_gradient,
-    event_weight_gradient,
-    pack_weight,
-)
+from snn_sparse_backend.convolution import Convolution, dense_gradients, event_forward, pack_weight
 from snn_sparse_backend.pooling import AvgPool, MaxPool, Window
 
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 DTYPES = st.sampled_from([torch.float32, torch.float64])
 quick = settings(derandomize=True, deadline=None, database=None, max_examples=150)
-
-
-@dataclass
-class Case:
-    """A convolution of random spikes, and gradients of its currents."""
-
-    rows: int
-    shape: tuple[int, int, int]
-    outputs: int
-    window: Window
-    density: float
-    pooled: bool
-    dtype: torch.dtype
-    seed: int
-
-    def make(self) -> bool:
-        """Draws everything; False if the window is larger than the images."""
-        torch.manual_seed(self.seed)
-        self.convolution = Convolution(self.window, 1)
-        self.x = torch.rand(self.rows, *self.shape).lt(self.density).to(self.dtype)
-        self.raster = kernels.pack(self.x.flatten(1))
-        self.weight = torch.randn(self.outputs, self.shape[0], *self.window.kernel, dtype=self.dtype)
-        self.bias = torch.randn(self.outputs, dtype=self.dtype)
-        stops = self.window.stops(self.shape)
-        if min(stops) < 1 or (self.pooled and min(stops) < 2):
-            return False
-        self.image = torch.Size((self.outputs, *stops))
-        if self.pooled:
-            pool = MaxPool(Window((2, 2), (1, 2), (0, 0)))
-            pooled, places = pool(torch.randn(self.rows, *self.image, dtype=self.dtype))
-            self.grad = ImageGradient(torch.randn_like(pooled).flatten(1), pooled.shape[1:], self.image, pool, places)
-        else:
-            grad = torch.randn(self.rows, self.image.numel(), dtype=self.dtype)
-            self.grad = ImageGradient(grad, self.image, self.image)
-        return True
-
-    def products(self) -> list[Tensor]:
-        """By our kernels: forward, gradient of the weight, gradients of the inputs where they spike, of the bias."""
-        packed, shape = pack_weight(self.weight), torch.Size(self.shape)
-        return [event_forward(self.convolution, self.raster, packed, self.bias, shape, self.image),
-                event_weight_gradient(self.convolution, self.grad, self.raster, shape),
-                event_input_gradient(self.convolution, self.grad, self.raster, packed, shape), self.grad.bias()]
-
-    def expected(self) -> list[Tensor]:
-        """The same by torch."""
-        w = self.window
-        x, weight, bias = (t.clone().requires_grad_() for t in (self.x, self.weight, self.bias))
-        out = F.conv2d(x, weight, bias, w.stride, w.padding, w.dilation)
-        out.backward(self.grad.part(0, self.rows))
-        return [out.detach(), weight.grad, x.grad[self.x > 0], bias.grad]
-
-
-def close(found: Tensor, expected: Tensor) -> bool:
-    assert found.shape == expected.shape and found.dtype == expected.dtype
-    return float((found - expected).norm()) <= TOLERANCE[found.dtype] * max(float(expected.norm()), 1e-3)
 
 
 pairs = st.tuples(st.integers(1, 4), st.integers(1, 4))
@@ -98,11 +33,7 @@ convolutions = st.builds(
 @given(convolutions)
 @example(Case(300, (2, 6, 5), 5, Window((3, 3), (1, 1), (1, 1)), 0.2, True, torch.float32, 0))  # rows in parts
 def test_products_of_a_convolution(case: Case) -> None:
-    if not case.make():
-        return
-    for name, found, expected in zip(("forward", "weight", "input", "bias"), case.products(), case.expected(),
-                                     strict=True):
-        assert close(found, expected), name
+    compare_products(case)
 
 
 @settings(quick, max_examples=40)
@@ -155,35 +86,7 @@ def test_dense_gradients_piece_by_piece(case: Case, weight: bool, inputs: bool) 
 @example((1, 1, 200, 40), Window((2, 2), (2, 2), (0, 0)), False, "special", torch.float64, 0)
 def test_max_pooling_finds_what_torch_finds(shape: tuple[int, int, int, int], window: Window, ceil_mode: bool,
                                             values: str, dtype: torch.dtype, seed: int) -> None:
-    torch.manual_seed(seed)
-    x = torch.randn(shape, dtype=dtype)
-    if values == "spikes":
-        x = (x > 0.8).to(dtype)
-    elif values == "special":
-        special = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0], dtype=dtype)
-        x = special[torch.randint(0, 5, shape)]
-    (most_h, most_w), (down, right), (every_h, every_w) = window.kernel, window.stride, window.dilation
-    top, left = min(window.padding[0], most_h // 2), min(window.padding[1], most_w // 2)
-    if max(every_h, every_w) > 1:  # a window may lie outside its image altogether, which is not supported
-        top = left = 0
-    window = replace(window, padding=(top, left))
-    geometry = window.kernel, window.stride, window.padding, window.dilation, ceil_mode
-    try:
-        expected, index = F.max_pool2d(x, *geometry, return_indices=True)
-    except RuntimeError:
-        assert min(window.stops(shape, ceil_mode)) < 1
-        return
-    pool = MaxPool(window, ceil_mode)
-    pooled, places = pool(x)
-    assert pooled.shape == expected.shape and places.dtype is torch.uint8
-    bits = torch.int32 if dtype is torch.float32 else torch.int64
-    assert torch.equal(pooled.view(bits), expected.view(bits))
-    y = torch.arange(pooled.shape[2]).view(-1, 1) * down - top + places.long() // window.kernel[1] * every_h
-    x_at = torch.arange(pooled.shape[3]) * right - left + places.long() % window.kernel[1] * every_w
-    assert torch.equal(y * shape[3] + x_at, index)
-    grad = torch.randn_like(pooled)
-    spread = torch.ops.aten.max_pool2d_with_indices_backward(grad, x, *geometry, index)
-    assert close(pool.backward(grad, torch.Size(shape[1:]), places), spread)
+    compare_max_pool(shape, window, ceil_mode, values, dtype, seed)
 
 
 def test_average_pooling_and_large_windows_are_torchs() -> None:
