@@ -65,7 +65,7 @@ class ImageGradient:
 
     def bias(self) -> torch.Tensor:
         """Gradient of the bias ``[O]``: spreading changes no sum."""
-        return self.grad.view(self.rows, self.shape[0], -1).sum((0, 2))
+        return self.grad.sum(0).view(self.shape[0], -1).sum(1)  # rows first: they lie together
 
 
 def dense_gradients(convolution: Convolution, grad: ImageGradient, weight: torch.Tensor,
