@@ -32,7 +32,7 @@ def linear_forward(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
         return current
     tag = tag_of(input) if type(input) is torch.Tensor else None
     owner = tag.tape() if tag is not None else None
-    options = owner.plan.options if isinstance(owner, NeuronTape) else _options_of(self)
+    options = owner.plan.options if isinstance(owner, NeuronTape) else options_of(self)
     if options is None:
         output = host_forward(self, input)
         if type(self) is nn.Linear and output.requires_grad and type(output) is torch.Tensor:
@@ -55,7 +55,7 @@ def _eligible(module: nn.Linear, x: torch.Tensor) -> bool:
     return bool(x.numel() and weight.numel()) and tensor_problem(x, weight) is None and mode_problem(x.device) is None
 
 
-def _options_of(synapse: nn.Linear) -> Options | None:
+def options_of(synapse: nn.Module) -> Options | None:
     """Options in force for the neuron that a synapse feeds; None if it is not known to feed one."""
     known = _feeding.get(synapse)
     neuron = known[0]() if known is not None else None
@@ -74,9 +74,12 @@ _users: set[str] = set()
 
 
 def switch(user: str, on: bool) -> None:
-    """Puts the synapse path under every ``nn.Linear`` while at least one user wants it."""
+    """Puts the synapse path under every ``nn.Linear`` and ``nn.Conv2d`` while at least one user wants it."""
     if on:
         _users.add(user)
     else:
         _users.discard(user)
+    from . import convolutions  # which asks this module what feeds what
+
     nn.Linear.forward = linear_forward if _users else host_forward  # type: ignore[method-assign]
+    convolutions.switch(bool(_users))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch.autograd import forward_ad
 
@@ -28,3 +31,12 @@ def host_only(device: str) -> str | None:
 def plain_tensor(tensor: object) -> bool:
     """Whether this is a torch.Tensor or Parameter itself, not a subclass with its own behaviour."""
     return type(tensor) in (torch.Tensor, torch.nn.Parameter)
+
+
+def scripts_as(ours: Callable[..., Any], host: Callable[..., Any]) -> None:
+    """Lets ``torch.jit.script`` compile the host's function wherever it meets ours in its place."""
+    dispatched, builtin = torch._jit_internal.boolean_dispatched, torch.jit._builtins._find_builtin(host)
+    if host in dispatched:
+        dispatched[ours] = dispatched[host]
+    elif builtin is not None:
+        torch.jit._builtins._register_builtin(ours, builtin)

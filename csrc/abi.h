@@ -195,3 +195,65 @@ struct SnnInputGradient {
   void* grad_active;  // CPU: [events], in the order of their ranks. CUDA: [rows, inputs], written at the sites only
   int32_t dtype, threads;
 };
+
+// ---- images: CPU only. Images of a row are [channels, height, width], and so are its raster's columns. ----
+
+// A window that slides over images [height, width]; it stops at [out_height, out_width] places.
+struct SnnWindow {
+  int64_t height, width, out_height, out_width;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+};
+
+// The maximum under each stop of the window: of equal values the first, row by row; a NaN always, of several the last.
+struct SnnMaxPool {
+  SnnWindow window;      // of at most 256 sites; at each stop one of them at least is inside the image
+  int64_t planes;        // rows times channels
+  const void* images;    // [planes, height, width]
+  void* pooled;          // [planes, out_height, out_width]
+  uint8_t* places;       // [planes, out_height, out_width]: number of the site in the window
+  int32_t dtype, threads;
+};
+
+struct SnnMaxPoolBackward {
+  SnnWindow window;
+  int64_t planes;
+  const void* grad;      // [planes, out_height, out_width]
+  const uint8_t* places;
+  void* grad_images;     // [planes, height, width]
+  int32_t dtype, threads;
+};
+
+// A convolution without groups: images [channels, height, width] to currents [outputs, out_height, out_width].
+// Its gradients dL/dcurrent may come pooled: with `places` not null, grad is that of the currents pooled by `pool`.
+struct SnnConvolution {
+  SnnWindow window;
+  int64_t rows, channels, outputs, padded;  // padded: outputs, rounded up to whole vectors of 64 bytes
+  const void* grad;
+  const uint8_t* places;
+  SnnWindow pool;
+  int32_t dtype, threads;
+};
+
+// Channels are summed `together` at a time, from zero on, place by place of the window and in each place channel by
+// channel; these sums are then added to the bias one after another.
+struct SnnConvForward {
+  SnnConvolution convolution;
+  int64_t together;
+  const uint64_t* raster;  // [rows, words] input spikes
+  const void* weight;      // [channels, kernel_h, kernel_w, padded], zeros behind the outputs
+  const void* bias;        // [outputs] or null
+  void* current;
+};
+
+struct SnnConvWeightGradient {
+  SnnConvolution convolution;
+  const uint64_t* raster;  // [rows, words] input spikes
+  void* grad_weight;       // [outputs, channels, kernel_h, kernel_w]
+};
+
+struct SnnConvInputGradient {
+  SnnConvolution convolution;
+  const uint64_t* active;  // [rows, words] sites where the gradient is wanted
+  const void* weight;      // as in the forward product
+  void* grad_active;       // [active sites]
+};

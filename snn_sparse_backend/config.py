@@ -14,6 +14,7 @@ from .compat.precision import full_on_cuda
 FORWARDS = ("host", "sparse")
 # They follow from the memory rates of the kernels, see docs/kernels.md.
 _CUDA_CROSSOVER, _TF32_CROSSOVER = 0.1, 0.03
+_CONVOLUTION_CROSSOVER = 0.2
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,11 @@ class Options:
         if device.type != "cuda":
             return crossovers.density(product, rows, inputs, outputs)
         return _CUDA_CROSSOVER if full_on_cuda() else _TF32_CROSSOVER
+
+    @property
+    def crossover_of_convolutions(self) -> float:
+        """The density up to which a product of a convolution runs sparse on the CPU."""
+        return _CONVOLUTION_CROSSOVER if self.crossover is None else self.crossover
 
     def updated(self, changes: dict[str, Any]) -> Options:
         """These options with some of them changed.

@@ -191,6 +191,11 @@ class Steps:
         self.neuron: Callable[..., Any] = _the_long_way
         self.synapse: Callable[..., Any] = _the_long_way
 
+    @property
+    def prepared(self) -> bool:
+        """Whether anything was recorded yet that a lane may go on from."""
+        return self.neuron is not _the_long_way
+
     def prepare(self) -> None:
         """To be called where a step that a lane may go on from is recorded."""
         if self.neuron is _the_long_way:

@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from .build import load_node
+from .conv_tape import ConvTape
 from .kernels import SynapseForward
 from .lanes import Chain
 from .neuron_tape import NeuronTape
+from .pool_tape import PoolTape
 from .recorder import Plan
 from .reports import Slots
 from .synapse_tape import SynapseTape, tiles_of
@@ -222,6 +224,10 @@ def _sources(tape: Tape) -> Iterator[tuple[int, Tape]]:
         links = [(first + i, block.source) for i, block in enumerate(tape.blocks)]
     elif isinstance(tape, SynapseTape):
         links = [(2 + i, step.spikes) for i, step in enumerate(tape.steps)]  # type: ignore[misc]
+    elif isinstance(tape, ConvTape):
+        links = [(2 + i, step.before) for i, step in enumerate(tape.steps)]  # type: ignore[misc]
+    elif isinstance(tape, PoolTape):
+        links = [(i, (tape.source, step.index)) for i, step in enumerate(tape.steps)]  # type: ignore[misc]
     else:
         return
     for position, link in links:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import ctypes
 import weakref
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from .build import load_node
 from .compat.cuda import current_stream
-from .config import Options
 from .counters import counts
+from .feeds import FeedTape
 from .lanes import ROLES, Chain, NeuronRun, take
 from .native import address_of, event_parallel
 from .raster import Raster
 from .recorder import Block, Plan, Recorder, Result
 from .scans import Layer, neuron_backward
-from .synapse_tape import SynapseTape, claim_current
+from .synapse_tape import SynapseTape, claim_current, give_back_current
 from .tables import Incoming, Recorded
 from .tapes import TAG, TOPOLOGICAL_SLACK, Delivery, Links, SpikeTag, Tape, part
 
@@ -139,7 +139,7 @@ class NeuronTape(Tape):
             "keep_membrane": recorder.keep_membrane, "keep_current": recorder.keep_current,
             "unit_spikes": plan.unit_spikes, "outputs": [4 * kind + ROLES[role] for kind, role in self.roles],
             "input_attached": x.requires_grad, "dense": recorder.store.dense, "next_block": len(self.blocks),
-            "fed": x if source is not None and source.has_lane else None,
+            "fed": x if source is not None and (source.has_lane or isinstance(source, FeedTape)) else None,
         })
         self.has_lane = self.lane_follows = True
 
@@ -155,11 +155,11 @@ class NeuronTape(Tape):
         self.outputs += [(kind, index) for index in range(first, first + run.steps) for kind in kinds]
         self.recorder.store.dense = taken["dense"]
 
-    def active_set(self, blocks: Sequence[int], options: Options, outputs: int) -> Raster | None:
+    def active_set(self, blocks: Sequence[int], crossover: Callable[[Raster], float]) -> Raster | None:
         """The active sites of some blocks, if gradients are wanted only there and the sites are few.
 
         Args:
-            outputs: of the synapse that wants to know.
+            crossover: the density up to which gradients only there pay.
         """
         self.absorb()
         stack = self.recorded.active
@@ -174,8 +174,7 @@ class NeuronTape(Tape):
             share = self.plan.densities.for_choice().active
         else:
             share = (active.ones or 0) / active.sites
-        limit = options.crossover_on(self.layer.device, "input_gradient", active.rows, active.cols, outputs)
-        return active if share is None or share <= limit else None
+        return active if share is None or share <= crossover(active) else None
 
     # ------------------------------------------------------------------------------------------------ backward
 
@@ -260,6 +259,7 @@ def run_neuron(plan: Plan, x: torch.Tensor, states: Sequence[torch.Tensor], step
         if tape.commit(result, x, states):
             tape.arm(x, result)
             return result
+        give_back_current(result.block.source)
     tape = NeuronTape(plan, shape, dtype, x.device, states)
     if result is None:
         result = tape.recorder.run(x, states, steps, record, first=True)

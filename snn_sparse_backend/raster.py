@@ -53,6 +53,10 @@ class Raster:
     def device(self) -> torch.device:
         return self.storage.device
 
+    def part(self, first: int, end: int) -> Raster:
+        """Some of the rows."""
+        return Raster(self.storage, self.cols, None, self.densities, self.first + first, end - first)
+
     @staticmethod
     def empty(rows: int, cols: int, device: torch.device | str = "cpu") -> Raster:
         return Raster(torch.empty((rows, words_of(cols)), dtype=torch.int64, device=device), cols)

@@ -103,7 +103,7 @@ def core_recipe(csrc: Path | None = None) -> Recipe:
 def _core_flags(source: Path, extra: tuple[str, ...]) -> tuple[str, ...]:
     # A fused multiply-add in a neuron's step would move its membrane by a rounding and so flip spikes of the host
     # library. The products of a synapse promise no bits, and gain from it.
-    contract = "fast" if source.name.startswith("synapse") else "off"
+    contract = "fast" if source.name.startswith(("synapse", "convolution")) else "off"
     return (*CORE_FLAGS, f"-ffp-contract={contract}", *extra)
 
 

@@ -14,6 +14,7 @@ from . import kernels
 from .build import load_node
 from .config import Options
 from .counters import counts
+from .feeds import FeedTape
 from .lanes import Chain, take
 from .native import address_of, event_parallel, threads_for
 from .raster import Raster, RasterStack
@@ -358,7 +359,7 @@ class SynapseTape(Tape):
         check_version(self.weight, self.versions[0])
         neuron, blocks = self._neuron_before(chosen, needs)
         if neuron is not None:
-            active = neuron.active_set(blocks, self.options, grad.shape[1])
+            active = neuron.active_set(blocks, lambda sites: self._crossover("input_gradient", sites.rows))
             if active is not None and active.cols == self.weight.shape[1]:
                 counts["input_gradient_sparse"] += 1
                 values = kernels.input_gradient(grad, kernels.columns(active, ranks=True), self.sparse_product().tiles)
@@ -441,14 +442,14 @@ def tiles_of(module: nn.Module) -> torch.Tensor | None:
     return _tiles.get(module)
 
 
-def claim_current(x: torch.Tensor, neuron: NeuronTape) -> tuple[weakref.ref[SynapseTape], int] | None:
-    """The synapse step that made a neuron's input, if a synapse tape did.
+def claim_current(x: torch.Tensor, neuron: NeuronTape) -> tuple[weakref.ref[Any], int] | None:
+    """The step of a synapse, a convolution or a pooling that made a neuron's input, if it was recorded on a tape.
 
     A synapse that no spikes own belongs to the neuron sequence that consumes its current. If it belongs to another one
     already, the current moves to a node of its own, so that both sequences can be differentiated separately.
     """
     tape = load_node().tape_of(x)
-    if not isinstance(tape, SynapseTape):
+    if not isinstance(tape, (SynapseTape, FeedTape)):
         return None
     tape.absorb()
     index = x.output_nr
@@ -463,3 +464,10 @@ def claim_current(x: torch.Tensor, neuron: NeuronTape) -> tuple[weakref.ref[Syna
             moved.sink, tape, index = weakref.ref(neuron), moved, 0
         tape.claimed = index
     return weakref.ref(tape), index
+
+
+def give_back_current(source: tuple[weakref.ref[Any], int] | None) -> None:
+    """Undoes a claim, as far as it was the first: the next one need not move the current."""
+    tape = source[0]() if source is not None and source[1] == 0 else None
+    if tape is not None and tape.owner is None:
+        tape.sink = None

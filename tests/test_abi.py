@@ -18,7 +18,9 @@ PACKAGE = Path(kernels.__file__).parent
 # X(name, Arguments) lines of the kernel lists.
 KERNELS, CUDA_KERNELS = (dict(re.findall(r"X\((\w+), (\w+)\)", (CSRC / folder / "kernels.h").read_text()))
                          for folder in ("cpu", "cuda"))
-ON_THE_CPU_ONLY = {"raster_count", "raster_columns"}  # on CUDA counts come in reports, events from transposed rasters
+# On CUDA counts come in reports, events from transposed rasters, and convolutions and pooling from torch.
+ON_THE_CPU_ONLY = {"raster_count", "raster_columns", "max_pool", "max_pool_backward", "conv_forward",
+                   "conv_weight_gradient", "conv_input_gradient"}
 
 
 def layout(structs: dict[str, type[ctypes.Structure]]) -> dict[str, int]:
@@ -97,7 +99,8 @@ def test_every_cuda_kernel_is_exported_and_takes_the_same_struct() -> None:
 
 
 def test_python_calls_each_kernel_with_its_own_struct() -> None:
-    text = "\n".join((PACKAGE / name).read_text() for name in ("kernels.py", "scans.py"))
+    text = "\n".join((PACKAGE / name).read_text() 
+                     for name in ("kernels.py", "scans.py", "convolution.py", "pooling.py"))
     calls = re.findall(r'call\(\s*"(\w+)",\s*"(\w+)"', text)
     assert len(calls) >= 8
     for name, arguments in calls:

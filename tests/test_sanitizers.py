@@ -24,7 +24,8 @@ ISAS = {"base": (), "v3": recipes.INSTRUCTION_SETS["v3"]}
 COMPARE = """
 import sys, torch
 from pathlib import Path
-import comparisons as c
+import comparisons as c, convolution_cases as i
+from snn_sparse_backend.pooling import Window
 with c.library(Path(sys.argv[1])), c.pytest.MonkeyPatch.context() as patch:
     patch.setattr(c.native, "SITES_PER_THREAD", 64)
     torch.set_num_threads(2)
@@ -33,6 +34,13 @@ with c.library(Path(sys.argv[1])), c.pytest.MonkeyPatch.context() as patch:
             c.compare_rasters(rows, cols, 0.3, dtype, 64, rows)
             c.compare_synapse(rows, cols, cols // 2 + 1, 0.3, dtype, 64, rows)
         c.compare_synapse(300, 5, 3, 1.0, dtype, 1024, 0)
+        for outputs, channels, pooled in ((5, 3, False), (16, 17, True), (65, 33, True)):
+            for window in (Window((3, 2), (1, 2), (2, 1), (2, 1)), Window((1, 3), (1, 1), (0, 0))):
+                i.compare_products(i.Case(130, (channels, 7, 6), outputs, window, 0.3, pooled, dtype, outputs))
+        for shape in ((2, 300, 2, 2), (1, 3, 9, 130)):
+            for window in (Window((2, 2), (2, 2), (0, 0)), Window((2, 3), (1, 2), (1, 1))):
+                for values in ("normal", "special"):
+                    i.compare_max_pool(shape, window, True, values, dtype, 0)
         for name in c.MODELS:
             for seed, surrogate in enumerate(c.SURROGATES):
                 c.compare_scan(name, surrogate, 3, 5, (1, 64, 65, 127)[seed % 4], dtype, seed)

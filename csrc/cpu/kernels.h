@@ -14,7 +14,12 @@
   X(pack_weights, SnnPackWeights)              \
   X(synapse_forward, SnnSynapseForward)        \
   X(weight_gradient, SnnWeightGradient)        \
-  X(input_gradient, SnnInputGradient)
+  X(input_gradient, SnnInputGradient)          \
+  X(max_pool, SnnMaxPool)                      \
+  X(max_pool_backward, SnnMaxPoolBackward)     \
+  X(conv_forward, SnnConvForward)              \
+  X(conv_weight_gradient, SnnConvWeightGradient) \
+  X(conv_input_gradient, SnnConvInputGradient)
 
 #define SNN_DECLARE(name, Arguments) int64_t name(const Arguments&);
 #define SNN_NAMESPACE(isa) \

@@ -54,10 +54,10 @@ PyObject* claimed(PyObject*, PyObject* args) {
   long long step = -1;
   if (!PyArg_ParseTuple(args, "O!|L:claimed", handle_type, &handle, &step)) return nullptr;
   const Locked node(handle);
-  SynapseLane* lane = node ? lane_of<SynapseLane>(&node.get()) : nullptr;
-  TORCH_CHECK(lane, "claimed: the node has no lane of a synapse");
-  if (PyTuple_GET_SIZE(args) > 1) lane->claim(step);
-  return PyLong_FromLongLong(lane->claimed());
+  if (!node) return PyLong_FromLong(-1);
+  SynapseLane* lane = lane_of<SynapseLane>(&node.get());
+  if (PyTuple_GET_SIZE(args) > 1) (lane ? lane->claim(step) : void(node->claimed = step));
+  return PyLong_FromLongLong(lane ? lane->claimed() : node->claimed);
   END_HANDLE_TH_ERRORS
 }
 

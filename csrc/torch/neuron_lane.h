@@ -93,7 +93,7 @@ class NeuronLane final : public Lane {
     first_output_ = node_.num_inputs();
     locate_last(first_output_ - outputs_.size());
     feeder_ = nullptr;
-    const at::Tensor x = spec.tensor("fed");  // a current of the synapse that feeds this neuron
+    const at::Tensor x = spec.tensor("fed");  // an output of the layer that feeds this neuron
     if (x.defined()) feeder_ = impl::grad_fn_unsafe(x);
   }
 

@@ -252,7 +252,7 @@ PyMethodDef functions[] = {
     {"is_last", is_last, METH_VARARGS, "is_last(handle, states) -> bool\n\n"
      "Whether these are the states that a neuron's lane, or the step before it, returned, untouched."},
     {"claimed", claimed, METH_VARARGS, "claimed(handle, [step]) -> int\n\n"
-     "The last step of a synapse's lane whose current a neuron consumed, after setting it."},
+     "The last step of a layer between neurons whose output a neuron consumed, after setting it."},
     {"spikes_at", spikes_at, METH_O, "spikes_at(tensor) -> (tape, block) | None\n\n"
      "The neuron's block whose spikes, recorded by a lane, this tensor is."},
     {"neuron_step", with_fastcall(neuron_step), METH_FASTCALL,

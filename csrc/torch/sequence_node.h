@@ -313,6 +313,7 @@ struct SequenceNode final : TapeOwner {
 
   std::string label;
   int graph_task;               // -1 in an ordinary forward pass
+  int64_t claimed = -1;         // of a layer without a lane: the last output that a neuron consumed
   OutputGuard* guard = nullptr;  // owned by the node's hooks; made with the first output
 };
 

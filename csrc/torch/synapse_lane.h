@@ -267,7 +267,7 @@ PyObject* NeuronLane::step(PyObject* module, PyObject* options, PyObject* input,
   if (!ordinary_mode() || !guard_.holds(module)) return nullptr;
   SequenceNode* from = sequence_of(*x);
   SynapseLane* synapse = lane_of<SynapseLane>(from);
-  if (from != feeder_ || (from && !synapse)) return nullptr;
+  if (from != feeder_ || (from && from->lane && !synapse)) return nullptr;
   Edge edge = x->requires_grad() ? impl::gradient_edge(*x) : Edge();
   if (!node_.admits(edge)) return nullptr;
 
@@ -278,7 +278,8 @@ PyObject* NeuronLane::step(PyObject* module, PyObject* options, PyObject* input,
   run(*x, states, made);
   record();
   if (synapse && !synapse->owned()) synapse->claim(x->output_nr());
-  if (synapse) sources_.push_back(x->output_nr());
+  if (from && !synapse) from->claimed = x->output_nr();
+  if (from) sources_.push_back(x->output_nr());
   const size_t first = node_.num_inputs();
   node_.append_input(std::move(edge));
   node_.begin_outputs();
