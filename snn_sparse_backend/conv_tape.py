@@ -284,7 +284,8 @@ class ConvTape(FeedTape):
             return False
         if not self.convolution.serves(grad.grad.device) or not events_serve(grad):
             return False
-        active, shape = before.active_set(blocks, lambda _: self.options.crossover_of_convolutions), self.steps[0].shape[1:]
+        shape = self.steps[0].shape[1:]
+        active = before.active_set(blocks, lambda _: self.options.crossover_of_convolutions)
         if active is None or (active.rows, active.cols) != (grad.rows, shape.numel()):
             return False
         counts["conv_input_sparse"] += 1
