@@ -18,6 +18,7 @@ from .native import address_of, event_parallel
 from .raster import Raster
 from .recorder import Block, Plan, Recorder, Result
 from .scans import Layer, neuron_backward
+from .stores import HostStore
 from .synapse_tape import SynapseTape, claim_current, give_back_current
 from .tables import Incoming, Recorded
 from .tapes import TAG, TOPOLOGICAL_SLACK, Delivery, Links, SpikeTag, Tape, part
@@ -124,21 +125,22 @@ class NeuronTape(Tape):
 
     def arm(self, x: torch.Tensor, result: Result) -> None:
         """Leaves the further steps of a loop to a lane, if they may be like the one just recorded."""
-        plan, layer, recorder = self.plan, self.layer, self.recorder
+        plan, layer, recorder, store = self.plan, self.layer, self.recorder, self.recorder.store
         attached = all(state.requires_grad for state in result.finals)
         if not plan.lane_serves(layer.device) or result.block.shape != layer.shape or not attached:
             return
-        recorder.store.close()
+        assert isinstance(store, HostStore)
+        store.close()
         dynamics = plan.dynamics
         source = result.block.source[0]() if result.block.source is not None else None
         load_node().arm_neuron(self.handle, {
             "module": plan.module, "options": plan.options, "guard": plan.guard, "counts": counts,
-            "kernel": address_of("neuron_forward"), "arguments": ctypes.addressof(recorder.store.scan.arguments),
+            "kernel": address_of("neuron_forward"), "arguments": ctypes.addressof(store.scan.arguments),
             "shape": layer.shape, "double": layer.dtype is torch.float64, "states": len(dynamics.states),
             "spikes": dynamics.spikes, "late_reset": dynamics.late_reset, "keep_active": recorder.keep_active,
             "keep_membrane": recorder.keep_membrane, "keep_current": recorder.keep_current,
             "unit_spikes": plan.unit_spikes, "outputs": [4 * kind + ROLES[role] for kind, role in self.roles],
-            "input_attached": x.requires_grad, "dense": recorder.store.dense, "next_block": len(self.blocks),
+            "input_attached": x.requires_grad, "dense": store.dense, "next_block": len(self.blocks),
             "fed": x if source is not None and (source.has_lane or isinstance(source, FeedTape)) else None,
         })
         self.has_lane = self.lane_follows = True
@@ -153,6 +155,7 @@ class NeuronTape(Tape):
         self.feeder.extend(run.sources)
         kinds = [kind for kind, _ in self.roles]
         self.outputs += [(kind, index) for index in range(first, first + run.steps) for kind in kinds]
+        assert isinstance(self.recorder.store, HostStore)
         self.recorder.store.dense = taken["dense"]
 
     def active_set(self, blocks: Sequence[int], crossover: Callable[[Raster], float]) -> Raster | None:

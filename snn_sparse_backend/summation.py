@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+from .compat.precision import full_on_cpu
 from .kernels import SynapseForward, pack
 
 # Multiplications of a product. Below, it is over before an order could pay; above, probing would take seconds.
@@ -52,7 +53,7 @@ def order_of(rows: int, inputs: int, outputs: int, dtype: torch.dtype, bias: boo
     if not FEWEST <= rows * inputs * outputs <= MOST or dtype not in _HUGE:
         return None
     threads = torch.get_num_threads()
-    if not _float32_is_exact() or not _settled(threads):
+    if not full_on_cpu() or not _settled(threads):
         return None
     key = (rows, inputs, outputs, dtype, bias, threads, torch.backends.mkldnn.enabled, _flushes())
     with _lock:
@@ -64,14 +65,6 @@ def order_of(rows: int, inputs: int, outputs: int, dtype: torch.dtype, bias: boo
 def finite(weight: torch.Tensor) -> bool:
     """Whether a dense product would not turn a zero input into NaN; False also where the weights add up to infinity."""
     return bool(weight.sum().isfinite())
-
-
-def _float32_is_exact() -> bool:
-    """Whether float32 products take no narrower format, whichever of torch's two interfaces chose one."""
-    matmul = getattr(torch.backends.mkldnn, "matmul", None)
-    if hasattr(matmul, "fp32_precision"):  # torch 2.9; what asks without a backend's name raises once this was set
-        return matmul.fp32_precision in ("none", "ieee")
-    return torch.get_float32_matmul_precision() == "highest"
 
 
 def _flushes() -> bool:

@@ -230,7 +230,8 @@ class SynapseTape(Tape):
             return
         if owned and (owner is None or not owner.has_lane):
             return
-        entry, order = step.entry, ()
+        entry = step.entry
+        order: tuple[int, ...] = ()
         raster = entry.raster
         events = raster is not None and self._pays(kernels.density(raster), "forward", step.rows, unknown=True)
         if events and options.forward != "sparse":
