@@ -1,4 +1,4 @@
-// The 64 lanes of a raster word, by the instructions made for them where there are any.
+// The bits of a raster word, by the instructions made for them where there are any.
 #pragma once
 #include <cstdint>
 
@@ -22,8 +22,8 @@ inline void append_four_bits(uint64_t& word, uint32_t first, uint32_t* out) {
 #endif
 
 // Writes first + k for each set bit k and returns the end; may overwrite up to 64 values behind it.
-#if defined(__AVX512F__)
 inline uint32_t* append_bits(uint64_t word, uint32_t first, uint32_t* out) {
+#if defined(__AVX512F__)
   const int bits = count_bits(word);
   if (bits <= 4) {  // most sparse words
     append_four_bits(word, first, out);
@@ -37,10 +37,7 @@ inline uint32_t* append_bits(uint64_t word, uint32_t first, uint32_t* out) {
     out += count_bits(mask);
   }
   return out;
-}
-#else
-inline uint32_t* append_bits(uint64_t word, uint32_t first, uint32_t* out) {
-#if defined(__AVX2__)
+#elif defined(__AVX2__)
   const int bits = count_bits(word);
   for (int i = 0; i < bits; i += 4) append_four_bits(word, first, out + i);
   return out + bits;
@@ -49,7 +46,6 @@ inline uint32_t* append_bits(uint64_t word, uint32_t first, uint32_t* out) {
   return out;
 #endif
 }
-#endif
 
 }  // namespace SSB_ISA
 }  // namespace snn

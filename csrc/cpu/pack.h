@@ -8,35 +8,24 @@
 
 #include "../portable.h"
 #include "../raster.h"
+#include "parallel.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // wide vectors never cross a call: everything here is inlined
-
 namespace snn {
 namespace SSB_ISA {
 
-#if defined(__AVX512F__)
-constexpr int kPackBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kPackBytes = 32;
-#else
-constexpr int kPackBytes = 16;
-#endif
-
 template <class T> struct PackOf;
 template <> struct PackOf<float> {
-  typedef float Lanes __attribute__((vector_size(kPackBytes)));
-  typedef float Memory __attribute__((vector_size(kPackBytes), aligned(4), may_alias));
-  typedef int32_t Mask __attribute__((vector_size(kPackBytes)));
+  typedef float Lanes __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Mask __attribute__((vector_size(kVectorBytes)));
   using Integer = int32_t;
 };
 template <> struct PackOf<double> {
-  typedef double Lanes __attribute__((vector_size(kPackBytes)));
-  typedef double Memory __attribute__((vector_size(kPackBytes), aligned(8), may_alias));
-  typedef int64_t Mask __attribute__((vector_size(kPackBytes)));
+  typedef double Lanes __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t Mask __attribute__((vector_size(kVectorBytes)));
   using Integer = int64_t;
 };
 
@@ -44,17 +33,15 @@ template <class T> struct Pack {
   using Scalar = T;
   using Lanes = typename PackOf<T>::Lanes;
   using Mask = typename PackOf<T>::Mask;
-  static constexpr int kLanes = kPackBytes / sizeof(T), kPerWord = 64 / kLanes;
+  static constexpr int kLanes = kVectorBytes / sizeof(T), kPerWord = 64 / kLanes;
   Lanes v;
 
   Pack() = default;
   SNN_HD explicit Pack(T value) : v(Lanes{} + value) {}
   SNN_HD explicit Pack(const Lanes& lanes) : v(lanes) {}
 
-  SNN_HD static Pack load(const T* p) {
-    return Pack(static_cast<Lanes>(*reinterpret_cast<const typename PackOf<T>::Memory*>(p)));
-  }
-  SNN_HD void store(T* p) const { *reinterpret_cast<typename PackOf<T>::Memory*>(p) = v; }
+  SNN_HD static Pack load(const T* p) { return Pack(static_cast<Lanes>(*reinterpret_cast<const Vector<T>*>(p))); }
+  SNN_HD void store(T* p) const { *reinterpret_cast<Vector<T>*>(p) = v; }
 
   SNN_HD friend Pack operator+(const Pack& a, const Pack& b) { return Pack(a.v + b.v); }
   SNN_HD friend Pack operator-(const Pack& a, const Pack& b) { return Pack(a.v - b.v); }
