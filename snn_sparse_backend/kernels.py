@@ -13,6 +13,7 @@ from functools import cache
 
 import torch
 
+from . import workspace
 from .abi import CONSTANTS, STRUCTS
 from .build import load_core
 from .native import DTYPES, call, event_parallel, kernel, threads_for
@@ -258,7 +259,9 @@ def dense_product(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``grad @ weight``: ``[rows, outputs]`` times ``[outputs, inputs]``, by torch, under its precision settings."""
     onednn = _onednn_linear() if grad.dtype is torch.float32 and grad.is_cpu else None
     if onednn is None:
-        return grad @ weight
+        if not grad.is_cpu:
+            return grad @ weight
+        return torch.mm(grad, weight, out=workspace.take(len(grad), weight.shape[1], grad.dtype, grad.device))
     return onednn(grad, weight.t(), None, "none", [], "")
 
 

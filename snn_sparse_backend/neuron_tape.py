@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from . import workspace
 from .build import load_node
 from .compat.cuda import current_stream
 from .counters import counts
@@ -199,7 +200,7 @@ class NeuronTape(Tape):
         if any(needs[first_input:]):
             last = self.blocks[reached - 1]
             total = self.recorded.firsts[reached - 1] + last.steps
-            grad_input = torch.empty((total * rows, layer.cols), dtype=layer.dtype, device=layer.device)
+            grad_input = workspace.take(total * rows, layer.cols, layer.dtype, layer.device)
             grad_input[steps * rows :] = 0
         sums = [layer.empty().zero_() if needs[len(dynamics.states) + i] and matters else None
                 for i, matters in enumerate(reached_parameters)]

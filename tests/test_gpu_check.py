@@ -283,8 +283,8 @@ def test_dry_run(tmp_path: Path) -> None:
     assert len(figures["cases"]) == len(PRESETS["gpu-quick"]) and figures["copy_gb_s"] > 0
     assert {row["kernel"] for row in figures["kernels"]} >= KERNELS
     assert all(variant["step_ms"] > 0 for case in figures["cases"] for variant in case["variants"])
-    assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "bench.png", "kernels.json", "gpu-check.json",
-                                                          "gpu-check.log"}
+    assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "bench.png", "memory.png", "kernels.json",
+                                                          "gpu-check.json", "gpu-check.log"}
 
 
 @without_gpu

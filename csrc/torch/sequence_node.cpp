@@ -220,6 +220,13 @@ PyObject* has_requests(PyObject*, PyObject* handle) {
   END_HANDLE_TH_ERRORS
 }
 
+PyObject* sole_owner(PyObject*, PyObject* tensor) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(THPVariable_Check(tensor), "expected a tensor, got ", Py_TYPE(tensor)->tp_name);
+  return PyBool_FromLong(THPVariable_Unpack(tensor).storage().use_count() == 1);
+  END_HANDLE_TH_ERRORS
+}
+
 PyObject* task_id(PyObject*, PyObject*) { return PyLong_FromLong(get_current_graph_task_id()); }
 
 PyCFunction with_keywords(PyCFunctionWithKeywords function) {
@@ -260,6 +267,8 @@ PyMethodDef functions[] = {
      "One time step by the lane of a neuron; None: the step has to go the long way."},
     {"synapse_step", with_fastcall(synapse_step), METH_FASTCALL, "synapse_step(module, input) -> current | None\n\n"
      "One time step by the lane of a synapse; None: it has to go the long way."},
+    {"sole_owner", sole_owner, METH_O,
+     "sole_owner(tensor) -> bool\n\nWhether no other tensor has the memory of this one."},
     {"task_id", task_id, METH_NOARGS, "task_id() -> int\n\nThe number of the running backward pass, -1 outside."},
     {nullptr, nullptr, 0, nullptr}};
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "snn_sparse_node", "An autograd node that grows with a time loop.",
