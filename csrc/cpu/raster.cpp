@@ -6,6 +6,7 @@
 
 #include "kernels.h"
 #include "lanes.h"
+#include "pack.h"
 #include "parallel.h"
 
 namespace snn {
@@ -16,12 +17,13 @@ constexpr int64_t kRowsPerTask = 64;
 
 // One word from up to 64 values; `odd` collects whether any value was neither 0 nor 1.
 template <class T> inline uint64_t pack_word(const T* values, int64_t lanes, uint64_t& odd) {
-  uint64_t word = 0, strange = 0;
-  for (int64_t k = 0; k < lanes; k++) {
-    word |= static_cast<uint64_t>(values[k] == T(1)) << k;
-    strange |= static_cast<uint64_t>(values[k] != T(0)) << k;
-  }
-  odd |= strange ^ word;
+  uint64_t word = 0;
+  for_each_pack<Pack<T>>(lanes, [&](int k, auto count) {
+    const Pack<T> x = load_lanes(values + k, count);
+    const uint32_t bits = nonzero_bits(x);
+    odd |= bits & nonzero_bits(x - Pack<T>(T(1)));
+    word |= static_cast<uint64_t>(bits) << k;
+  });
   return word;
 }
 
@@ -35,8 +37,7 @@ template <class T> int64_t pack(const SnnRasterPack& a) {
     for (int64_t r = task * kRowsPerTask; r < end && !mine; r++) {
       const T* row = static_cast<const T*>(a.dense) + r * a.row_stride;
       for (int64_t w = 0; w < words; w++) {
-        const int64_t lanes = lanes_of(a.cols, w);
-        a.words[r * words + w] = lanes == 64 ? pack_word(row + 64 * w, 64, mine) : pack_word(row + 64 * w, lanes, mine);
+        a.words[r * words + w] = pack_word(row + 64 * w, lanes_of(a.cols, w), mine);
       }
     }
     if (mine) return odd.store(true, std::memory_order_relaxed);
@@ -53,9 +54,10 @@ template <class T> int64_t unpack(const SnnRasterUnpack& a) {
     for (int64_t r = task * kRowsPerTask; r < end; r++)
       for (int64_t w = 0; w < words; w++) {
         T* out = static_cast<T*>(a.dense) + r * a.cols + 64 * w;
-        const int64_t lanes = lanes_of(a.cols, w);
         const uint64_t word = a.words[r * words + w];
-        for (int64_t k = 0; k < lanes; k++) out[k] = static_cast<T>(word >> k & 1);
+        for_each_pack<Pack<T>>(lanes_of(a.cols, w), [&](int k, auto lanes) {
+          store_lanes(out + k, ones<Pack<T>>(word >> k), lanes);
+        });
       }
   });
   return 0;
