@@ -23,8 +23,9 @@ from norse.torch.functional.lif import LIFFeedForwardState, lif_feed_forward_ste
 from norse.torch.module.snn import SNN, SNNCell
 from torch import nn
 
-from ..compat.norse import input_drives_membrane_at_once, surrogate_of
+from ..compat.norse import hands_over, input_drives_membrane_at_once, surrogate_of
 from ..config import Options, config
+from ..deferred import settled
 from ..dynamics import LI as LI_DYNAMICS
 from ..dynamics import LIF as LIF_DYNAMICS
 from ..lanes import steps as lane_steps
@@ -56,12 +57,22 @@ def options_of(module: Any) -> Options | None:
 
 def _sequence_forward(self: Any, input_tensor: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
     """Sequence ``[T, B, ...]`` -> output ``[T, B, ...]`` and the last state (all states with ``record_states``)."""
-    return _forward(self, SNN.forward, input_tensor, state, sequence=True)
+    return _forward(self, _stock_sequence, input_tensor, state, sequence=True)
 
 
 def _cell_forward(self: Any, input_tensor: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
     """One time step ``[B, ...]`` -> output and state of the same shape."""
     return _forward(self, SNNCell.forward, input_tensor, state, sequence=False)
+
+
+def _stock_sequence(self: Any, x: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
+    return SNN.forward(self, settled(x), state)
+
+
+def _takes_over(synapse: nn.Module, neuron: Any) -> bool:
+    """Whether the sequence that ``synapse`` computes right now reaches ``neuron`` and nobody else."""
+    own = type(neuron).forward is _sequence_forward and not {"forward", "initial_state"} & vars(neuron).keys()
+    return own and neuron.state_fallback == neuron.initial_state and hands_over(synapse, neuron)
 
 
 def _forward(self: Any, host: Any, x: torch.Tensor, state: Any, sequence: bool) -> tuple[torch.Tensor, Any]:
@@ -88,7 +99,7 @@ def _forward(self: Any, host: Any, x: torch.Tensor, state: Any, sequence: bool) 
         return host(self, x, state)
     if type(self) in _SWAPPED:
         synapses.switch("norse classes", True)
-    synapses.learn_source(x, self, options_of)
+    synapses.learn_source(x, self, options_of, _takes_over if sequence else None)
     lane_steps.prepare()
     record = sequence and self.record_states
     result = run_neuron(plan, x, [state.v, state.i], x.shape[0] if sequence else None, record)

@@ -4,23 +4,41 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..build import load_node
 from ..config import Options, config
 from ..lanes import steps as lane_steps
 from ..native import DTYPES
 from ..neuron_tape import NeuronTape
-from ..synapse_tape import run_synapse
+from ..synapse_tape import SynapseTape, run_synapse
 from ..tapes import TAG, SourceTag, tag_of
 from .fallback import mode_problem, tensor_problem
 
 host_forward = nn.Linear.forward
 OptionsOf = Callable[[Any], Options | None]
-# Synapses that were seen to feed a neuron: that neuron, and how to ask for the options in force for it.
-_feeding: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[nn.Module], OptionsOf]] = weakref.WeakKeyDictionary()
+# (synapse, neuron): whether the call that runs gives a sequence to that neuron only, which can have it deferred.
+HandsOver = Callable[[nn.Module, Any], bool]
+
+
+@dataclass(frozen=True)
+class _Fed:
+    """The neuron that a synapse was seen to feed.
+
+    Args:
+        options_of: how to ask for the options in force for it.
+    """
+
+    neuron: weakref.ref[nn.Module]
+    options_of: OptionsOf
+    hands_over: HandsOver | None
+
+
+_feeding: weakref.WeakKeyDictionary[nn.Module, _Fed] = weakref.WeakKeyDictionary()
 
 
 def linear_forward(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
@@ -41,7 +59,17 @@ def linear_forward(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
     if not _eligible(self, input):
         return host_forward(self, input)
     lane_steps.prepare()
-    return run_synapse(self, options, lambda: host_forward(self, input), input, tag, _feeding.get(self))
+    fed = _feeding.get(self)
+    feeds = (fed.neuron, fed.options_of) if fed is not None else None
+    defer = _may_defer(self, input, fed)
+    return run_synapse(self, options, lambda: host_forward(self, input), input, tag, feeds, defer)
+
+
+def _may_defer(synapse: nn.Module, x: torch.Tensor, fed: _Fed | None) -> bool:
+    if x.dim() != 3 or fed is None or fed.hands_over is None:
+        return False
+    neuron = fed.neuron()
+    return neuron is not None and fed.hands_over(synapse, neuron)
 
 
 def _eligible(module: nn.Linear, x: torch.Tensor) -> bool:
@@ -57,17 +85,21 @@ def _eligible(module: nn.Linear, x: torch.Tensor) -> bool:
 
 def options_of(synapse: nn.Module) -> Options | None:
     """Options in force for the neuron that a synapse feeds; None if it is not known to feed one."""
-    known = _feeding.get(synapse)
-    neuron = known[0]() if known is not None else None
-    return known[1](neuron) if known is not None and neuron is not None else None
+    fed = _feeding.get(synapse)
+    neuron = fed.neuron() if fed is not None else None
+    return fed.options_of(neuron) if fed is not None and neuron is not None else None
 
 
-def learn_source(current: torch.Tensor, neuron: nn.Module, options_of: OptionsOf) -> None:
+def learn_source(current: torch.Tensor, neuron: nn.Module, options_of: OptionsOf,
+                 hands_over: HandsOver | None = None) -> None:
     """Remembers the synapse that made a neuron's input, so that its next calls are recorded."""
-    tag = getattr(current, TAG, None)
-    module = tag.module() if isinstance(tag, SourceTag) else None
+    tag, tape = getattr(current, TAG, None), None
+    if hands_over is not None and current.requires_grad and not isinstance(tag, SourceTag):
+        tape = load_node().tape_of(current)  # of a synapse that a neuron's spikes made known before
+    known = tag if isinstance(tag, SourceTag) else tape if isinstance(tape, SynapseTape) else None
+    module = known.module() if known is not None else None
     if module is not None:
-        _feeding[module] = weakref.ref(neuron), options_of
+        _feeding[module] = _Fed(weakref.ref(neuron), options_of, hands_over)
 
 
 _users: set[str] = set()

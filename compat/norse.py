@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache
+from types import FrameType
 
 import torch
 from norse.torch.functional.lif import LIFFeedForwardState, LIFParameters, lif_feed_forward_step
 from norse.torch.functional.threshold import threshold
+from norse.torch.module.sequential import SequentialState
+from torch import nn
+from torch.nn.modules import module as calls
 
 from ..surrogate import NO_GRADIENT, Surrogate
 
@@ -39,3 +44,25 @@ def surrogate_of(method: str, alpha: float) -> Surrogate | None:
         return Surrogate("Triangle", alpha, low=-1.0, high=1.0)
     kinds = {"tanh": "Tanh", "circ": "Circ", "heavi_erfc": "Erfc"}
     return Surrogate(kinds[method], alpha) if method in kinds else None
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def hands_over(synapse: nn.Module, neuron: nn.Module) -> bool:
+    """Whether a ``SequentialState`` runs ``synapse`` right now and will give its output to ``neuron`` only."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] == __name__.split(".")[0]:
+        frame = frame.f_back
+    while frame is not None and frame.f_globals is vars(calls):
+        frame = frame.f_back
+    if frame is None or frame.f_code is not SequentialState.forward.__code__:
+        return False
+    container, index = frame.f_locals.get("self"), frame.f_locals.get("index")
+    if not isinstance(container, SequentialState) or not isinstance(index, int) or container.return_hidden:
+        return False
+    running = list(container)[index : index + 2]
+    if len(running) < 2 or running[0] is not synapse or running[1] is not neuron:
+        return False
+    return not any(getattr(module, hooks) for module in running for hooks in _HOOKS) and not any(
+        getattr(calls, f"_global{hooks}", None) for hooks in _HOOKS)

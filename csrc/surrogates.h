@@ -2,6 +2,7 @@
 // of operations of the host library's own backward (so overflow and NaN come out as they do there).
 #pragma once
 #include "abi.h"
+#include "exponential.h"
 #include "portable.h"
 
 enum SnnSurrogateKind : int32_t {
@@ -48,7 +49,7 @@ template <class T> struct Sigmoid {
   T slope;
   SNN_HD explicit Sigmoid(const SnnSurrogate& s) : slope(T(s.a)) {}
   SNN_HD T operator()(T x, T g) const {
-    T e = std::exp(-slope * x), d = e + T(1);
+    T e = exponential(-slope * x), d = e + T(1);
     return g * slope * e / (d * d);
   }
 };
@@ -70,7 +71,7 @@ template <class T> struct Step {
 template <class T> struct SpikeRateEscape {
   T beta, slope;
   SNN_HD explicit SpikeRateEscape(const SnnSurrogate& s) : beta(T(s.a)), slope(T(s.b)) {}
-  SNN_HD T operator()(T x, T g) const { return g * slope * std::exp(-beta * std::fabs(x - T(1))); }
+  SNN_HD T operator()(T x, T g) const { return g * slope * exponential(-beta * std::fabs(x - T(1))); }
 };
 // norse superspike.py: 1 / (alpha |x| + 1)^2; alpha is 1 where the installed version ignores it
 template <class T> struct SuperSpike {
@@ -95,7 +96,8 @@ template <class T> struct Tanh {
   T alpha;
   SNN_HD explicit Tanh(const SnnSurrogate& s) : alpha(T(s.a)) {}
   SNN_HD T operator()(T x, T g) const {
-    T y = std::tanh(x * alpha);
+    // |tanh|, which close to 1, where the difference to it is all that counts, rounds as the library's does.
+    T e = exponential(T(-2) * std::fabs(x * alpha)), y = T(1) - T(2) * e / (T(1) + e);
     return g * (T(1) - y * y);
   }
 };
@@ -114,7 +116,7 @@ template <class T> struct Erfc {
   SNN_HD explicit Erfc(const SnnSurrogate& s) : alpha(T(s.a)) {}
   SNN_HD T operator()(T x, T g) const {
     T y = alpha * x;
-    return T(2) * std::exp(-(y * y)) / T(1.7724539041519165f) * g;
+    return T(2) * exponential(-(y * y)) / T(1.7724539041519165f) * g;
   }
 };
 

@@ -99,10 +99,3 @@ class FeedTape(Tape):
     def rows_of(self, steps: Sequence[int]) -> int:
         """Rows of some steps together."""
         return sum(self.rows[i] for i in steps)
-
-
-def placeholder(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-    """A tensor of this shape almost without memory: what stands in the graph for an output that is gone already."""
-    one = torch.empty(1, dtype=like.dtype, device=like.device)
-    return torch.empty(0, dtype=like.dtype, device=like.device).set_(one.untyped_storage(), 0, tuple(shape),
-                                                                     (0,) * len(shape))

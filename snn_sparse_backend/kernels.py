@@ -199,17 +199,20 @@ class SynapseForward:
         self._arguments.chunks = len(ends)
         self._arguments.chunk_ends = ctypes.addressof(self._chunk_ends) if ends else None
 
-    def __call__(self, raster: Raster, factors: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(self, raster: Raster, factors: torch.Tensor | None = None,
+                 out: torch.Tensor | None = None) -> torch.Tensor:
         """Currents ``[rows, outputs]``: the bias plus the weight columns of the inputs that spike.
 
         Args:
             raster: who spikes ``[rows, inputs]``.
             factors: CUDA only: contiguous ``[rows, inputs]``, what each spike is multiplied by; None: 1.
+            out: where the currents go, contiguous.
         """
         if raster.cols != self.inputs:
             raise ValueError(f"expected a raster of {self.inputs} columns, as the weight has inputs, got {raster.cols}")
         a, rows = self._arguments, raster.rows
-        current = torch.empty((rows, self.outputs), dtype=self.tiles.dtype, device=self.tiles.device)
+        shape, like = (rows, self.outputs), self.tiles
+        current = like.new_empty(shape) if out is None else _check(out, "out", shape, like.dtype, like.device)
         a.raster, a.rows, a.current = raster.address, rows, current.data_ptr()
         a.inputs_dense = factors.data_ptr() if factors is not None else None
         a.threads = threads_for(rows * self.outputs)

@@ -11,6 +11,7 @@ import torch
 
 from . import workspace
 from .build import load_node
+from .claims import claim_current, give_back_current
 from .compat.cuda import current_stream
 from .counters import counts
 from .feeds import FeedTape
@@ -20,7 +21,7 @@ from .raster import Raster
 from .recorder import Block, Plan, Recorder, Result
 from .scans import Layer, neuron_backward
 from .stores import HostStore
-from .synapse_tape import SynapseTape, claim_current, give_back_current
+from .synapse_tape import SynapseTape
 from .tables import Incoming, Recorded
 from .tapes import TAG, TOPOLOGICAL_SLACK, Delivery, Links, SpikeTag, Tape, part
 
@@ -115,6 +116,13 @@ class NeuronTape(Tape):
         if result.block.raster is not None and plan.unit_spikes:
             setattr(result.output, TAG, SpikeTag(result.block.raster, self, index, result.output._version))
         return True
+
+    def source_of(self, x: torch.Tensor) -> tuple[weakref.ref[SynapseTape], int] | None:
+        """The step that made an input, which from then on belongs to this sequence, if gradients may go to it directly.
+
+        Where dtypes differ, it is autograd that converts them.
+        """
+        return claim_current(x, self) if x.dtype is self.layer.dtype else None
 
     @property
     def blocks(self) -> Chain[Block]:
@@ -259,7 +267,7 @@ def run_neuron(plan: Plan, x: torch.Tensor, states: Sequence[torch.Tensor], step
         tape.absorb()
     if isinstance(tape, NeuronTape) and tape.continues(plan, shape, dtype, x.device, states):
         result = tape.recorder.run(x, states, steps, record, first=False)
-        result.block.source = claim_current(x, tape)
+        result.block.source = tape.source_of(x)
         if tape.commit(result, x, states):
             tape.arm(x, result)
             return result
@@ -269,7 +277,7 @@ def run_neuron(plan: Plan, x: torch.Tensor, states: Sequence[torch.Tensor], step
         result = tape.recorder.run(x, states, steps, record, first=True)
     elif plan.dynamics.reset_is_recorded and result.block.reset is None:
         result.begin_with(tape.recorder.resets(states[0]))
-    result.block.source = claim_current(x, tape)
+    result.block.source = tape.source_of(x)
     tape.commit(result, x, states)
     tape.arm(x, result)
     return result

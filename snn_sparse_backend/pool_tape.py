@@ -13,12 +13,12 @@ from . import kernels
 from .build import load_node
 from .conv_tape import ConvTape
 from .counters import counts
-from .feeds import FeedTape, PooledDelivery, placeholder
+from .feeds import FeedTape, PooledDelivery
 from .native import event_parallel
 from .neuron_tape import NeuronTape
 from .pooling import MaxPool, Pool
 from .synapse_steps import Entry
-from .tapes import TAG, TOPOLOGICAL_SLACK, Delivery, SpikeTag, part
+from .tapes import TAG, TOPOLOGICAL_SLACK, Delivery, SpikeTag, part, placeholder
 
 Source = ConvTape | NeuronTape
 # The open tapes by what they pool: one belongs to one sequence of a convolution or of a neuron.

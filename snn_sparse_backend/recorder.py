@@ -5,12 +5,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .config import Options
 from .counters import counts
+from .deferred import deferred_of, settled
 from .dynamics import Dynamics
 from .kernels import nonzero, pack
 from .native import event_parallel
@@ -141,11 +143,14 @@ class Recorder:
         count = steps or 1
         shape = layer.shape if steps is None else torch.Size((count, *layer.shape))
         block = Block(count, x.shape)
-        data, before = self._ready(x, shape), [self._ready(s, layer.shape) for s in states]
+        inputs = deferred_of(x) if x.dtype is layer.dtype else None
+        data = self._ready(settled(x), shape) if inputs is None else None
+        before = [self._ready(s, layer.shape) for s in states]
+        new = partial(torch.empty, shape, dtype=layer.dtype, device=layer.device)
         finals = [torch.empty_like(before[0]) for _ in dynamics.states]
-        recorded = [torch.empty_like(data) for _ in dynamics.states] if record else []
+        recorded = [new() for _ in dynamics.states] if record else []
         if dynamics.spikes or steps is not None:
-            output = torch.empty_like(data)
+            output = new()
         else:
             output = finals[0]  # an integrator returns its state itself
         raster = active = reset = offsets = 0
@@ -156,13 +161,13 @@ class Recorder:
             if dynamics.late_reset:
                 block.reset, reset = self._resets.take(count)
         if self.keep_membrane or (block.active is not None and self.store.dense):
-            block.membrane = torch.empty_like(data)
+            block.membrane = new()
         elif block.active is not None and self._offsets is not None:
             block.offsets, offsets = self._offsets.take(count)
         if self.keep_current:
-            block.current = torch.empty_like(data)
+            block.current = new()
         # In the order of ForwardScan.TABLES.
-        starts = [data.data_ptr(), output.data_ptr() if output is not finals[0] else 0, raster, reset, active,
+        starts = [_start(data), output.data_ptr() if output is not finals[0] else 0, raster, reset, active,
                   _start(block.membrane), _start(block.current), offsets]
         starts += [s.data_ptr() for s in recorded] if record else [0] * len(finals)
         if count == 1:
@@ -175,7 +180,11 @@ class Recorder:
         if first and dynamics.reset_is_recorded and not dynamics.late_reset:
             block.reset = layer.raster()  # of the first step only: afterwards, who fired is reset
             pointers[_RESET * count] = block.reset.address
-        self.store.run(block, pointers, [s.data_ptr() for s in before], [s.data_ptr() for s in finals])
+        if inputs is not None:
+            pointers[:count] = inputs.addresses()
+        self.store.run(block, pointers, [s.data_ptr() for s in before], [s.data_ptr() for s in finals], inputs)
+        if inputs is not None:
+            inputs.finish()
         counts["neuron_steps"] += count
         return Result(block, output, finals, recorded, pointers)
 

@@ -133,47 +133,53 @@ class ForwardScan:
         self.pointers = (ctypes.c_void_p * (steps * (len(self.TABLES) + self._states)))()
         self.active_counts, self.spike_counts = (ctypes.c_int64 * steps)(), (ctypes.c_int64 * steps)()
 
-    def _point(self, first: int) -> None:
-        """Lets the struct's tables begin at a step."""
+    def _point(self, first: int, end: int) -> None:
+        """Lets the struct's tables begin at a step, and end before another."""
         a, steps, size = self.arguments, self.steps, ctypes.sizeof(ctypes.c_void_p)
         begin = ctypes.addressof(self.pointers) + first * size
         for k, name in enumerate(self.TABLES):
             setattr(a, name, begin + k * steps * size)
         for i in range(self._states):
             a.states[i] = begin + (len(self.TABLES) + i) * steps * size
-        a.steps = steps - first
+        a.steps = end - first
         a.active_counts = ctypes.addressof(self.active_counts) + first * ctypes.sizeof(ctypes.c_int64)
         a.spike_counts = ctypes.addressof(self.spike_counts) + first * ctypes.sizeof(ctypes.c_int64)
-        self._first = first
+        self._range = (first, end)
 
-    def run(self, steps: int, pointers: list[Any], state_in: Sequence[int], state_out: Sequence[int],
-            values: int | None = None, values_capacity: int = 0, first: int = 0, report: Any = None) -> int:
-        """Runs the steps from ``first`` on and returns how many were done (see ``SnnNeuronForward``).
+    def run(self, steps: int, pointers: Iterable[int | None], state_in: Sequence[int], state_out: Sequence[int],
+            values: int | None = None, values_capacity: int = 0, first: int = 0, end: int | None = None,
+            report: Any = None) -> int:
+        """Runs the steps from ``first`` to ``end`` and returns how many were done (see ``SnnNeuronForward``).
 
         Args:
             steps: number of steps the tables describe.
-            pointers: addresses, table after table in the order of ``TABLES`` and then the recorded states, one a step.
+            pointers: addresses, table after table in the order of ``TABLES`` and then the recorded states, one a step;
+                they stay in force where a later step is the first.
             state_in, state_out: addresses of the states before and after.
             values, values_capacity: address of and room for the compressed membranes of the active sites.
+            first, end: by default all.
             report: CUDA: where counts go, a ``SnnReport``.
         """
+        wanted = (first, steps if end is None else end)
         if steps != self.steps:
             self._resize(steps)
-            self._point(first)
-        elif first != self._first:
-            self._point(first)
+            self._point(*wanted)
+        elif wanted != self._range:
+            self._point(*wanted)
         if self._needs_scratch and self._scratch is None:
             layer = self._layer
             self._scratch = torch.empty(layer.rows * layer.words * TILE, dtype=layer.dtype, device=layer.device)
             self.arguments.scratch = self._scratch.data_ptr()
-        self.pointers[:] = pointers
+        if first == 0:
+            given = pointer_table(pointers)
+            ctypes.memmove(self.pointers, given.buffer_info()[0], len(given) * given.itemsize)
         count = self._states
         self._state_in[:count], self._state_out[:count] = state_in, state_out
         self.arguments.values, self.arguments.values_capacity = values, values_capacity
         if report is not None:
             self.arguments.report = report
         done = self._kernel(self._address)
-        return steps - first if report is not None else done
+        return wanted[1] - first if report is not None else done
 
 
 def neuron_backward(layer: Layer, steps: int, *, grad_input: torch.Tensor | None,

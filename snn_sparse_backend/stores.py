@@ -13,6 +13,7 @@ from .reports import Counter, Densities
 from .scans import TILE, ForwardScan, Layer
 
 if TYPE_CHECKING:
+    from .deferred import DeferredCurrents
     from .recorder import Block
 
 # From this density of active sites on, the dense membrane is stored instead of compressed values.
@@ -31,12 +32,17 @@ class HostStore:
         self._used = 0
         self.dense = False  # whether so many sites are active that the whole membrane had better be stored
 
-    def run(self, block: Block, pointers: list[int], state_in: list[int], state_out: list[int]) -> None:
-        """Calls the kernel until all steps are done; each call fills one arena of compressed membranes at most."""
+    def run(self, block: Block, pointers: list[int], state_in: list[int], state_out: list[int],
+            inputs: DeferredCurrents | None) -> None:
+        """Calls the kernel until all steps are done; each call fills one arena of compressed membranes at most.
+
+        Args:
+            inputs: computes the inputs of a sequence, some steps at a time; None: they are there.
+        """
         if block.steps == 1:
             self._run_one(block, pointers, state_in, state_out)
         else:
-            self._run_all(block, pointers, state_in, state_out)
+            self._run_all(block, pointers, state_in, state_out, inputs)
         if block.raster is not None:
             block.raster.ones = sum(self.scan.spike_counts)
         if block.active is not None:
@@ -62,17 +68,20 @@ class HostStore:
         if block.active is not None:
             block.active_counts = (self.scan.active_counts[0],)
 
-    def _run_all(self, block: Block, pointers: list[int], state_in: list[int], state_out: list[int]) -> None:
-        done, compress = 0, block.active is not None and block.membrane is None
+    def _run_all(self, block: Block, pointers: list[int], state_in: list[int], state_out: list[int],
+                 inputs: DeferredCurrents | None) -> None:
+        done, ready, compress = 0, 0, block.active is not None and block.membrane is None
         counts: list[int] = []
         values: list[tuple[torch.Tensor, Sequence[int]]] = []
         while done < block.steps:
+            if done == ready:
+                ready = inputs.compute(done) if inputs is not None else block.steps
             if compress:
                 arena, used = self._room()
                 ran = self.scan.run(block.steps, pointers, state_in, state_out,
-                                     arena.data_ptr() + used * arena.element_size(), arena.numel() - used, done)
+                                    arena.data_ptr() + used * arena.element_size(), arena.numel() - used, done, ready)
             else:
-                ran = self.scan.run(block.steps, pointers, state_in, state_out, first=done)
+                ran = self.scan.run(block.steps, pointers, state_in, state_out, first=done, end=ready)
             if block.active is not None:
                 found = self.scan.active_counts[done : done + ran]
                 counts += found
@@ -112,8 +121,10 @@ class DeviceStore:
         active = self._densities.look().active
         return active is not None and active > STORE_DENSE_ABOVE
 
-    def run(self, block: Block, pointers: list[int], state_in: Sequence[int], state_out: Sequence[int]) -> None:
-        """Enqueues all steps."""
+    def run(self, block: Block, pointers: list[int], state_in: Sequence[int], state_out: Sequence[int],
+            inputs: DeferredCurrents | None) -> None:
+        """Enqueues all steps. Inputs are never deferred on CUDA."""
+        assert inputs is None
         sites, address, capacity = block.steps * self._layer.sites, None, 0
         if block.active is not None and block.membrane is None:
             arena = self._room(sites)

@@ -14,7 +14,7 @@ from . import kernels
 from .build import load_node
 from .config import Options
 from .counters import counts
-from .feeds import FeedTape
+from .deferred import DeferredCurrents
 from .lanes import Chain, take
 from .native import address_of, event_parallel, threads_for
 from .raster import Raster, RasterStack
@@ -109,16 +109,19 @@ class SynapseTape(Tape):
         raster = None if event_parallel(flat.device) else kernels.pack(flat)
         return Entry(raster, flat if raster is None else None, flat._version, key)
 
-    def currents(self, host: Any, x: torch.Tensor, entry: Entry) -> torch.Tensor:
+    def currents(self, host: Any, x: torch.Tensor, entry: Entry, defer: bool) -> torch.Tensor:
         """The output of the synapse outside autograd: by the host's own operation, or summed over the spikes.
 
         While the input stays the very same tensor, it is multiplied once and its current copied.
+
+        Args:
+            defer: a sum over the spikes of several steps may be left to the neuron, see :class:`DeferredCurrents`.
         """
         if self.steps and self.steps[-1].entry is entry and self.current is not None:
             if self.current._version == self.current_version:
                 return self.current.clone()
         with torch.no_grad():
-            current = self._sparse_currents(x, entry)
+            current = self._sparse_currents(x, entry, defer)
             current = host() if current is None else current
         if current._is_view():  # autograd must be able to give it a history of its own
             current = current.detach()
@@ -126,7 +129,7 @@ class SynapseTape(Tape):
             self.current, self.current_version = current.detach(), current._version
         return current
 
-    def _sparse_currents(self, x: torch.Tensor, entry: Entry) -> torch.Tensor | None:
+    def _sparse_currents(self, x: torch.Tensor, entry: Entry, defer: bool) -> torch.Tensor | None:
         raster, factors = entry.raster, None
         in_order = self.options.forward != "sparse"
         # One step after another is left to the lane, which has the weights packed.
@@ -147,8 +150,10 @@ class SynapseTape(Tape):
         counts["forward_sparse"] += 1
         product = self.sparse_product()
         product.add_in_order(order)
-        current = product(raster, factors)
-        return current if x.dim() == 2 else current.view(*x.shape[:-1], self.weight.shape[0])
+        shape = torch.Size((*x.shape[:-1], self.weight.shape[0]))
+        if defer and x.dim() == 3 and x.shape[0] > 1 and not event_parallel(x.device):
+            return DeferredCurrents(product, raster, shape).stand_in()
+        return product(raster, factors).view(shape)
 
     def _order_of_host(self, rows: int) -> tuple[int, ...] | None:
         """The order in which the host's own product adds, if events can be added so: the outputs are the same bits."""
@@ -401,7 +406,7 @@ class SynapseTape(Tape):
 
 
 def run_synapse(module: nn.Linear, options: Options, host: Any, x: torch.Tensor, tag: SpikeTag | None,
-                feeds: Feeds | None = None) -> torch.Tensor:
+                feeds: Feeds | None = None, defer: bool = False) -> torch.Tensor:
     """One call of a synapse, recorded on the tape of its sequence.
 
     Args:
@@ -411,6 +416,8 @@ def run_synapse(module: nn.Linear, options: Options, host: Any, x: torch.Tensor,
         x: input ``[..., inputs]``.
         tag: tag of ``x`` if it is a neuron's spikes.
         feeds: the neuron that it feeds, as far as it is known, and how to ask for the options in force for that.
+        defer: nobody but a neuron that is ready for it gets the currents, so that they may come as a
+            :class:`DeferredCurrents`.
     """
     owner = tag.tape() if tag is not None and x.requires_grad else None
     open_tapes: Any = owner.synapses if owner is not None else _unowned
@@ -422,7 +429,7 @@ def run_synapse(module: nn.Linear, options: Options, host: Any, x: torch.Tensor,
     if tape is None or not tape.continues(module, options):
         tape = SynapseTape(module, options, owner)
     entry = tape.entry_of(x, tag)
-    current = tape.currents(host, x, entry)
+    current = tape.currents(host, x, entry, defer)
     direct = owner is not None and tag is not None and load_node().tape_of(x) is owner
     spikes = (weakref.ref(owner), tag.block) if owner is not None and tag is not None and direct else None
     # Only an unowned step may have to move; the spikes of an owner need not be kept as floats.
@@ -441,34 +448,3 @@ def run_synapse(module: nn.Linear, options: Options, host: Any, x: torch.Tensor,
 def tiles_of(module: nn.Module) -> torch.Tensor | None:
     """The memory for the packed weights of a module, if it has any."""
     return _tiles.get(module)
-
-
-def claim_current(x: torch.Tensor, neuron: NeuronTape) -> tuple[weakref.ref[Any], int] | None:
-    """The step of a synapse, a convolution or a pooling that made a neuron's input, if it was recorded on a tape.
-
-    A synapse that no spikes own belongs to the neuron sequence that consumes its current. If it belongs to another one
-    already, the current moves to a node of its own, so that both sequences can be differentiated separately.
-    """
-    tape = load_node().tape_of(x)
-    if not isinstance(tape, (SynapseTape, FeedTape)):
-        return None
-    tape.absorb()
-    index = x.output_nr
-    if tape.owner is None:
-        if tape.sink is None:
-            tape.sink = weakref.ref(neuron)
-        elif tape.sink() is not neuron:
-            watched = bool(x._backward_hooks) or x.retains_grad  # then its history cannot be replaced
-            moved = None if watched else tape.move(index, x)
-            if moved is None:
-                return None
-            moved.sink, tape, index = weakref.ref(neuron), moved, 0
-        tape.claimed = index
-    return weakref.ref(tape), index
-
-
-def give_back_current(source: tuple[weakref.ref[Any], int] | None) -> None:
-    """Undoes a claim, as far as it was the first: the next one need not move the current."""
-    tape = source[0]() if source is not None and source[1] == 0 else None
-    if tape is not None and tape.owner is None:
-        tape.sink = None

@@ -195,3 +195,10 @@ def _tag_from_lane(tensor: torch.Tensor) -> SpikeTag | None:
 def part(total: torch.Tensor, first: int, rows: int, shape: torch.Size) -> torch.Tensor:
     """Rows ``[first, first + rows)`` of a matrix, in the shape of one block."""
     return total[first : first + rows].view(shape)
+
+
+def placeholder(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    """A tensor of this shape almost without memory: it stands in the graph for an output whose values are not there."""
+    one = torch.empty(1, dtype=like.dtype, device=like.device)
+    return torch.empty(0, dtype=like.dtype, device=like.device).set_(one.untyped_storage(), 0, tuple(shape),
+                                                                     (0,) * len(shape))
