@@ -151,7 +151,8 @@ struct SnnPackWeights {
 
 // current[row, :] = bias + sum of the weight columns of the inputs that spike in this row
 // CPU: in the order of the inputs, from the bias (or +0) on. With `chunks`: inputs are summed in runs [0, e0), [e0, e1),
-// ..., each from +0 on, and then bias (or +0) + run 0 + run 1 + ..., runs without an event included.
+// ..., each from +0 on, and then bias (or +0) + run 0 + run 1 + ..., runs without an event included. The last `apart` runs
+// are added to each other first, and their sum then to the rest.
 struct SnnSynapseForward {
   const uint64_t* raster;  // [rows, words of inputs]
   int64_t rows, inputs, outputs;
@@ -161,7 +162,7 @@ struct SnnSynapseForward {
   void* current;           // [rows, outputs]
   int32_t dtype, threads;
   const int64_t* chunk_ends;  // CPU: [chunks], rising; the last is `inputs`
-  int64_t chunks;             // CPU: 0 for one run that starts from the bias
+  int64_t chunks, apart;      // CPU: no chunks for one run that starts from the bias; apart < chunks
 };
 
 // grad_weight = grad^T spikes, grad_bias = column sums of grad.

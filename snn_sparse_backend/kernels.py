@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -160,6 +161,22 @@ def pack_weights(weight: torch.Tensor, tiles: torch.Tensor | None = None) -> tor
     return tiles
 
 
+class Order(NamedTuple):
+    """In which order a product of a synapse adds.
+
+    Attributes:
+        ends: of runs of inputs, each of which is summed from zero on; the bias and the sums of the runs are then added
+            in this order. Empty: one sum that starts from the bias.
+        apart: how many of the last runs are added to each other first, and their sum then to the rest.
+    """
+
+    ends: tuple[int, ...] = ()
+    apart: int = 0
+
+
+IN_ONE_RUN = Order()
+
+
 class SynapseForward:
     """The event-driven forward product of a synapse; its argument struct is filled once and reused.
 
@@ -167,15 +184,14 @@ class SynapseForward:
         weight: ``[outputs, inputs]``, detached.
         bias: ``[outputs]`` or None, detached.
         tiles: memory for the packed weights, if it fits.
-        chunk_ends: CPU only: ends of runs of inputs, each of which is summed apart from zero on; the bias and the sums
-            of the runs are then added in this order. Empty: one sum that starts from the bias.
+        order: CPU only: in which it adds.
 
     Raises:
-        ValueError: the ends do not rise to the number of inputs.
+        ValueError: there is no such order of so many inputs.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, tiles: torch.Tensor | None = None,
-                 chunk_ends: Sequence[int] = ()) -> None:
+                 order: Order = IN_ONE_RUN) -> None:
         self.outputs, self.inputs = weight.shape
         self.tiles = pack_weights(weight, tiles)
         self.bias = bias.contiguous() if bias is not None else None
@@ -183,20 +199,22 @@ class SynapseForward:
             inputs=self.inputs, outputs=self.outputs, tiles=self.tiles.data_ptr(), dtype=DTYPES[weight.dtype],
             bias=self.bias.data_ptr() if self.bias is not None else None,
         )
-        self.add_in_order(chunk_ends)
+        self.add_in(order)
         self._address, self._kernel = ctypes.addressof(self._arguments), kernel("synapse_forward", weight.device)
 
-    def add_in_order(self, chunk_ends: Sequence[int]) -> None:
-        """From now on, add in runs that end at ``chunk_ends``.
+    def add_in(self, order: Order) -> None:
+        """From now on, adds in this order.
 
         Raises:
-            ValueError: the ends do not rise to the number of inputs.
+            ValueError: there is no such order of so many inputs.
         """
-        ends = list(chunk_ends)
+        ends = list(order.ends)
         if ends and (ends != sorted(set(ends)) or ends[0] <= 0 or ends[-1] != self.inputs):
-            raise ValueError(f"chunk_ends: expected ends that rise to {self.inputs}, got {tuple(ends)}")
+            raise ValueError(f"order: expected ends that rise to {self.inputs}, got {order.ends}")
+        if not 0 <= order.apart < max(len(ends), 1):
+            raise ValueError(f"order: expected less than {len(ends)} runs apart, got {order.apart}")
         self._chunk_ends = (ctypes.c_int64 * len(ends))(*ends)
-        self._arguments.chunks = len(ends)
+        self._arguments.chunks, self._arguments.apart = len(ends), order.apart
         self._arguments.chunk_ends = ctypes.addressof(self._chunk_ends) if ends else None
 
     def __call__(self, raster: Raster, factors: torch.Tensor | None = None,

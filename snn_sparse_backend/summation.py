@@ -3,7 +3,8 @@
 ``torch.nn.functional.linear`` on rows of zeros and ones adds weights, in an order that its BLAS library chose for the
 shape and the number of threads. Often it cuts the inputs into chunks, adds each chunk in the order of the inputs from
 zero on, and adds the sums of the chunks to the bias one after another. Leaving out the zeros then changes no bit, and
-the kernel that walks the events (``chunk_ends`` of ``SnnSynapseForward``) can take the place of the dense product.
+the kernel that walks the events (``chunk_ends`` of ``SnnSynapseForward``) can take the place of the dense product. With
+several threads, the last of the chunks may be added to each other first.
 
 The order is found by asking the product itself, as in *FPRev: Revealing the Order and Precision of Accumulation in
 Numerical Software* (Xie et al., 2024): with a huge weight at one place and its negative at another, the result counts
@@ -27,7 +28,7 @@ import torch
 from torch.nn import functional as F
 
 from .compat.precision import full_on_cpu
-from .kernels import SynapseForward, pack
+from .kernels import Order, SynapseForward, pack
 
 # Multiplications of a product. Below, it is over before an order could pay; above, probing would take seconds.
 FEWEST, MOST = 1 << 15, 1 << 33
@@ -36,11 +37,11 @@ _DENSITIES = (0.02, 0.3, 1.0)
 _SUBNORMAL = 5e-324
 
 _lock = threading.Lock()
-_orders: dict[tuple[object, ...], tuple[int, ...] | None] = {}
+_orders: dict[tuple[object, ...], Order | None] = {}
 
 
-def order_of(rows: int, inputs: int, outputs: int, dtype: torch.dtype, bias: bool) -> tuple[int, ...] | None:
-    """Ends of the chunks of inputs ``(e0, e1, ..., inputs)``, or None where the dense product has no such order.
+def order_of(rows: int, inputs: int, outputs: int, dtype: torch.dtype, bias: bool) -> Order | None:
+    """The order of a dense product, or None where it is not one of those.
 
     Found once in a process for each shape, dtype, presence of a bias, and number of threads; a first call takes about
     as long as twelve products.
@@ -99,39 +100,52 @@ def _asked(name: str) -> int | None:
 
 
 @torch.no_grad()
-def _find(rows: int, inputs: int, outputs: int, dtype: torch.dtype, bias: bool) -> tuple[int, ...] | None:
+def _find(rows: int, inputs: int, outputs: int, dtype: torch.dtype, bias: bool) -> Order | None:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.autocast("cpu", enabled=False):
         torch.manual_seed(0)
-        ends = _probe(rows, inputs, outputs, dtype)
-        return ends if ends is not None and _verified(ends, rows, outputs, dtype, bias) else None
+        order = _probe(rows, inputs, outputs, dtype)
+        return order if order is not None and _verified(order, rows, outputs, dtype, bias) else None
 
 
-def _probe(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> tuple[int, ...] | None:
-    """The chunks, if the product has any."""
+def _probe(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> Order | None:
+    """The order, if the product has one."""
+    ends = _chunks(0, rows, inputs, outputs, dtype)
+    if ends is None or len(ends) < 2:
+        return Order(ends) if ends is not None else None
+    # What looks like one chunk from outside may have several inside.
+    inner = _chunks(ends[-2], rows, inputs, outputs, dtype)
+    return Order((*ends[:-1], *inner), len(inner) if len(inner) > 1 else 0) if inner is not None else None
+
+
+def _chunks(base: int, rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> tuple[int, ...] | None:
+    """Ends of the chunks from the input ``base`` on, as they are seen from there."""
     x = torch.ones(rows, inputs, dtype=dtype)
     counts = [inputs - 1]  # by place of the negative: how many ones were not swallowed
-    for first in range(1, inputs, outputs):
+    for first in range(base + 1, inputs, outputs):
         places = range(first, min(first + outputs, inputs))
         weight = torch.ones(outputs, inputs, dtype=dtype)
-        weight[:, 0] = _HUGE[dtype]
+        weight[:, base] = _HUGE[dtype]
         for row, place in enumerate(places):
             weight[row, place] = -_HUGE[dtype]
         found = F.linear(x, weight)[:, : len(places)]
         if not torch.equal(found, found[:1].expand_as(found)):
             return None
         counts += [int(count) for count in found[0].tolist()]
-    # Inside the first chunk all that comes behind the negative is left; else what comes behind its chunk.
-    end = next((place for place in range(1, inputs) if counts[place] != inputs - 1 - place), inputs)
-    ends = sorted({end, *(inputs - count for count in counts[end:])})
-    return tuple(ends) if ends[0] > 0 and ends[-1] == inputs else None
+    # Inside the first chunk all that comes behind the negative is left; else what comes behind its chunk. (What comes
+    # before the base is always left.)
+    own = inputs - base
+    end = next((place for place in range(1, own) if counts[place] != inputs - 1 - place), own)
+    ends = sorted({base + end, *(base + inputs - count for count in counts[end:])})
+    return tuple(ends) if ends[0] > base and ends[-1] == inputs else None
 
 
-def _verified(ends: tuple[int, ...], rows: int, outputs: int, dtype: torch.dtype, bias: bool) -> bool:
+def _verified(order: Order, rows: int, outputs: int, dtype: torch.dtype, bias: bool) -> bool:
+    inputs = order.ends[-1]
     for offset in (0, 1):  # a slice of a larger tensor need not lie on a cache line
-        weight, b = _mixed((outputs, ends[-1]), dtype, offset), _mixed((outputs,), dtype, offset) if bias else None
-        by_events = SynapseForward(weight, b, chunk_ends=ends)
+        weight, b = _mixed((outputs, inputs), dtype, offset), _mixed((outputs,), dtype, offset) if bias else None
+        by_events = SynapseForward(weight, b, order=order)
         for density in _DENSITIES:
-            x = torch.rand(rows, ends[-1]).lt(density).to(dtype)
+            x = torch.rand(rows, inputs).lt(density).to(dtype)
             x[torch.rand(x.shape).lt(0.05) & (x == 0)] = -0.0
             x[:1] = 0  # with the negative weights: a sum of negative zeros only
             x = _placed(x, offset)

@@ -144,18 +144,18 @@ class SynapseTape(Tape):
                 return None
             factors = entry.dense.contiguous()
             raster = kernels.nonzero(factors)
-        order = self._order_of_host(raster.rows) if in_order else ()
+        order = self._order_of_host(raster.rows) if in_order else kernels.IN_ONE_RUN
         if order is None:
             return None
         counts["forward_sparse"] += 1
         product = self.sparse_product()
-        product.add_in_order(order)
+        product.add_in(order)
         shape = torch.Size((*x.shape[:-1], self.weight.shape[0]))
         if defer and x.dim() == 3 and x.shape[0] > 1 and not event_parallel(x.device):
             return DeferredCurrents(product, raster, shape).stand_in()
         return product(raster, factors).view(shape)
 
-    def _order_of_host(self, rows: int) -> tuple[int, ...] | None:
+    def _order_of_host(self, rows: int) -> kernels.Order | None:
         """The order in which the host's own product adds, if events can be added so: the outputs are the same bits."""
         if not self.weight.is_contiguous():  # a transposed one may be added in another order
             return None
@@ -236,19 +236,20 @@ class SynapseTape(Tape):
         if owned and (owner is None or not owner.has_lane):
             return
         entry = step.entry
-        order: tuple[int, ...] = ()
+        order = kernels.IN_ONE_RUN
         raster = entry.raster
         events = raster is not None and self._pays(kernels.density(raster), "forward", step.rows, unknown=True)
         if events and options.forward != "sparse":
             found = self._order_of_host(step.rows)
-            events, order = found is not None, found or ()
+            events, order = found is not None, found or order
         load_node().arm_synapse(self.handle, {
             "module": self.module, "options": options, "counts": counts, "owned": owned,
             "owner": owner.handle if owner is not None else None,
             "neuron": feeds[0] if feeds is not None else None, "options_of": feeds[1] if feeds is not None else None,
             "forward_kernel": address_of("synapse_forward"), "pack_kernel": address_of("raster_pack"),
             "weight": weight, "bias": self.bias, "rows": step.rows, "threads": threads_for(step.rows * weight.shape[0]),
-            "crossover": self._crossover("forward", step.rows), "chunk_ends": order,
+            "crossover": self._crossover("forward", step.rows), "chunk_ends": order.ends,
+            "apart": order.apart,
             "tiles": self.sparse_product().tiles if events else None,
             "direct": step.spikes is not None, "latest": None if owned else x,
             "latest_raster": entry.raster.words if entry.raster is not None else None,

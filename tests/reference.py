@@ -60,16 +60,19 @@ def synapse_forward(spikes: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
 
 
 def synapse_forward_in_runs(spikes: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-                            ends: Sequence[int]) -> torch.Tensor:
+                            ends: Sequence[int], apart: int = 0) -> torch.Tensor:
     """Addition by addition, in the weight's dtype."""
     rows, zero = spikes.shape[0], torch.zeros(weight.shape[0], dtype=weight.dtype)
-    current = (zero if bias is None else bias).repeat(rows, 1)
-    for first, last in zip([0, *ends], ends, strict=False):
+    current, among = (zero if bias is None else bias).repeat(rows, 1), None
+    for i, (first, last) in enumerate(zip([0, *ends], ends, strict=False)):
         run = zero.repeat(rows, 1)
         for j in range(first, last):
             run = torch.where(spikes[:, j : j + 1].bool(), run + weight[:, j], run)
-        current = current + run
-    return current
+        if i < len(ends) - apart:
+            current = current + run
+        else:
+            among = run if among is None else among + run
+    return current if among is None else current + among
 
 
 def weight_gradient(grad: torch.Tensor, spikes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import snn_sparse_backend as sparse
 from snn_sparse_backend import deferred, synapse_tape
 from snn_sparse_backend.deferred import DeferredCurrents
+from snn_sparse_backend.kernels import Order
 
 SIZES = (30, 70, 65, 9)
 
@@ -84,7 +85,7 @@ def test_outputs_and_gradients(steps: int, density: float, double: bool, cutoff:
 
 
 def test_it_happens_by_default_where_the_order_of_the_host_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(synapse_tape, "order_of", lambda rows, inputs, *_: (inputs,))
+    monkeypatch.setattr(synapse_tape, "order_of", lambda rows, inputs, *_: Order((inputs,)))
     with clean_slate(crossover=1.0):
         trained(net_of(Swapped()), spikes())
         assert sparse.counts["forward_deferred"] == 3 and sparse.counts["host_steps"] == 0

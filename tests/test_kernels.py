@@ -102,20 +102,24 @@ def test_forward_in_runs(rows: int, inputs: int, outputs: int, density: float, d
     """The order of the additions, bit for bit."""
     inner = data.draw(st.sets(st.integers(1, inputs), max_size=4)) if data is not None else {64, 100}
     ends, dense = sorted(inner | {inputs}), spikes(rows, inputs, density, seed)
+    apart = data.draw(st.integers(0, len(ends) - 1)) if data is not None else 2
     weight, offset = torch.randn(outputs, inputs, dtype=dtype), torch.randn(outputs, dtype=dtype) if bias else None
     raster = kernels.pack(dense.to(dtype))
     assert raster is not None
     with instructions(limit):
-        found = kernels.SynapseForward(weight, offset, chunk_ends=ends)(raster)
+        found = kernels.SynapseForward(weight, offset, order=kernels.Order(tuple(ends), apart))(raster)
         whole = kernels.SynapseForward(weight, None)(raster)
-    identical([found], [reference.synapse_forward_in_runs(dense, weight, offset, ends)])
+    identical([found], [reference.synapse_forward_in_runs(dense, weight, offset, ends, apart)])
     identical([whole], [reference.synapse_forward_in_runs(dense, weight, None, [inputs])])
 
 
 def test_ends_of_runs_rise_to_the_end() -> None:
     for ends in ((3,), (6,), (2, 2, 5), (4, 2, 5), (0, 5)):
         with pytest.raises(ValueError, match="rise to 5"):
-            kernels.SynapseForward(torch.ones(3, 5), None, chunk_ends=ends)
+            kernels.SynapseForward(torch.ones(3, 5), None, order=kernels.Order(ends))
+    for apart in (-1, 2):
+        with pytest.raises(ValueError, match="less than 2 runs apart"):
+            kernels.SynapseForward(torch.ones(3, 5), None, order=kernels.Order((2, 5), apart))
 
 
 @pytest.mark.parametrize("name", MODELS)

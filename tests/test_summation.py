@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from snn_sparse_backend import summation
-from snn_sparse_backend.kernels import SynapseForward, pack
+from snn_sparse_backend.kernels import Order, SynapseForward, pack
 
 Linear = Callable[..., Tensor]
 
@@ -46,7 +46,7 @@ def test_an_order_that_was_found_gives_the_bits_of_the_dense_product(
     for x in frames:  # slices of a sequence
         raster = pack(x)
         assert raster is not None
-        assert same_bits(SynapseForward(weight, b, chunk_ends=order)(raster), F.linear(x, weight, b))
+        assert same_bits(SynapseForward(weight, b, order=order)(raster), F.linear(x, weight, b))
 
 
 @pytest.mark.parametrize("shape", [(64, 700, 1000), (64, 200, 200), (256, 784, 200)], ids=str)
@@ -68,6 +68,18 @@ def in_chunks(*ends: int) -> Linear:
                 part = part + x[:, k : k + 1] * weight[:, k]
             total = total + part
         return total
+
+    return linear
+
+
+def in_two_groups(first: tuple[int, ...], second: tuple[int, ...]) -> Linear:
+    """As threads do that share the inputs: the chunks of the second are added to each other, then to the first's."""
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        split = first[-1]
+        ends = [end - split for end in second]
+        return in_chunks(*first)(x[:, :split], weight[:, :split], bias) + in_chunks(*ends)(x[:, split:],
+                                                                                          weight[:, split:])
 
     return linear
 
@@ -97,10 +109,22 @@ def other_edge(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 @pytest.mark.parametrize("ends", [(70,), (32, 70), (10, 20, 69, 70), (1, 70)], ids=str)
 def test_chunks_are_found(monkeypatch: pytest.MonkeyPatch, ends: tuple[int, ...]) -> None:
     monkeypatch.setattr(F, "linear", in_chunks(*ends))
-    assert summation.order_of(8, 70, 80, torch.float32, True) == ends
+    assert summation.order_of(8, 70, 80, torch.float32, True) == Order(ends)
 
 
-@pytest.mark.parametrize("host", [backwards, pairwise, bias_last, other_edge])
+@pytest.mark.parametrize(("first", "second"), [((35,), (50, 70)), ((20, 35), (50, 70)), ((2, 5), (7, 9, 70))], ids=str)
+def test_groups_of_chunks_are_found(monkeypatch: pytest.MonkeyPatch, first: tuple[int, ...],
+                                    second: tuple[int, ...]) -> None:
+    monkeypatch.setattr(F, "linear", in_two_groups(first, second))
+    assert summation.order_of(8, 70, 80, torch.float32, True) == Order((*first, *second), len(second))
+
+
+def in_three_groups(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    third = in_chunks(15, 30)(x[:, 40:], weight[:, 40:])
+    return in_two_groups((10, 20), (30, 40))(x[:, :40], weight[:, :40], bias) + third
+
+
+@pytest.mark.parametrize("host", [in_three_groups, backwards, pairwise, bias_last, other_edge])
 def test_any_other_order_is_none(monkeypatch: pytest.MonkeyPatch, host: Linear) -> None:
     monkeypatch.setattr(F, "linear", host)
     assert summation.order_of(8, 70, 80, torch.float32, True) is None
@@ -112,7 +136,7 @@ def test_asked_once_for_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(F, "linear", lambda *a: calls.append(1) or host(*a))
     torch.set_num_threads(1)
     for _ in range(3):
-        assert summation.order_of(8, 70, 80, torch.float32, True) == (35, 70)
+        assert summation.order_of(8, 70, 80, torch.float32, True) == Order((35, 70))
     once = len(calls)
     torch.set_num_threads(2)
     summation.order_of(8, 70, 80, torch.float32, True)

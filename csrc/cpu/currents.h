@@ -58,7 +58,7 @@ template <class T, int kTiles> class CurrentTiles {
  public:
   CurrentTiles(const SnnSynapseForward& a, int64_t tile)
       : weight_(static_cast<const T*>(a.tiles) + tile * a.inputs * kTile), stride_(a.inputs * kTile),
-        chunks_(a.chunks) {
+        chunks_(a.chunks - a.apart), apart_(a.apart) {
     const int64_t lanes = std::min<int64_t>(kTiles * kTile, a.outputs - tile * kTile);
     std::fill(bias_, bias_ + kTiles * kTile, T(0));
     if (a.bias) std::copy_n(static_cast<const T*>(a.bias) + tile * kTile, lanes, bias_);
@@ -73,10 +73,21 @@ template <class T, int kTiles> class CurrentTiles {
       if (!chunks_) run(weight, event + start[0], event + start[1], before, nullptr, out + k);
       for (int64_t i = 0; i < chunks_; i++, before = out + k)
         run(weight, event + start[i], event + start[i + 1], nullptr, before, out + k);
+      if (apart_) add_apart(weight, event, start + chunks_, out + k);
     }
   }
 
  private:
+  SNN_HD void add_apart(const T* weight, const uint32_t* event, const int64_t* start, T* out) const {
+    T among[Sum::kColumns];
+    for (int64_t i = 0; i < apart_; i++)
+      run(weight, event + start[i], event + start[i + 1], nullptr, i ? among : nullptr, among);
+    Sum total;
+    total.set(out);
+    total.add(among);
+    total.put(out);
+  }
+
   // out = from + events, or, where they are summed from zero on, + `plus` afterwards
   SNN_HD void run(const T* weight, const uint32_t* event, const uint32_t* end, const T* from, const T* plus,
                   T* out) const {
@@ -91,7 +102,7 @@ template <class T, int kTiles> class CurrentTiles {
   }
 
   const T* weight_;
-  const int64_t stride_, chunks_;
+  const int64_t stride_, chunks_, apart_;
   alignas(64) T bias_[kTiles * kTile];
 };
 

@@ -39,6 +39,7 @@ class SynapseLane final : public Lane {
     forward_arguments_.bias = bias_.defined() ? bias_.data_ptr() : nullptr;
     forward_arguments_.chunk_ends = chunk_ends_.data();
     forward_arguments_.chunks = static_cast<int64_t>(chunk_ends_.size());
+    forward_arguments_.apart = spec.integer("apart");
     pack_arguments_.rows = rows_;
     pack_arguments_.cols = pack_arguments_.row_stride = weight_.size(1);
     pack_arguments_.dtype = forward_arguments_.dtype;
