@@ -79,7 +79,7 @@ template <class T, int kTiles> class CurrentTiles {
 
  private:
   SNN_HD void add_apart(const T* weight, const uint32_t* event, const int64_t* start, T* out) const {
-    T among[Sum::kColumns];
+    T among[Sum::kColumns] = {};
     for (int64_t i = 0; i < apart_; i++)
       run(weight, event + start[i], event + start[i + 1], nullptr, i ? among : nullptr, among);
     Sum total;
