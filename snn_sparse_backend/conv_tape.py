@@ -30,13 +30,10 @@ from .native import event_parallel
 from .neuron_tape import NeuronTape
 from .raster import Raster, RasterStack
 from .synapse_steps import Entry, check_version
-from .tapes import TOPOLOGICAL_SLACK, Delivery, Links, SpikeTag, Tape, part
+from .tapes import TOPOLOGICAL_SLACK, Delivery, Links, SpikeTag, Tape, leave_open, open_tape, part
 
 if TYPE_CHECKING:
     from .pool_tape import PoolTape
-
-# The open tape of a convolution whose input carries no raster, so that no neuron sequence owns it yet.
-_unowned: weakref.WeakKeyDictionary[nn.Module, weakref.ref[ConvTape]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(eq=False)
@@ -206,7 +203,7 @@ class ConvTape(FeedTape):
         fresh.attach(self.steps[index].input, output, self.steps[index])
         if index == len(self.steps) - 1:
             fresh.latest, fresh.current, fresh.current_version = self.latest, self.current, self.current_version
-        _unowned[module] = weakref.ref(fresh)
+        leave_open(fresh, module, None)
         return fresh
 
     # ------------------------------------------------------------------------------------------------ backward
@@ -355,10 +352,7 @@ def run_convolution(module: nn.Conv2d, convolution: Convolution, options: Option
         tag: tag of ``x`` if it is spikes.
     """
     owner = tag.tape() if tag is not None and x.requires_grad else None
-    open_tapes: Any = owner.synapses if owner is not None else _unowned
-    key: Any = id(module) if owner is not None else module
-    reference = open_tapes.get(key)
-    tape = reference() if reference is not None else None
+    tape = open_tape(module, owner)
     if not isinstance(tape, ConvTape) or not tape.continues(module, convolution, options, x):
         tape = ConvTape(module, convolution, options, owner)
     entry = tape.entry_of(x, tag)
@@ -375,5 +369,5 @@ def run_convolution(module: nn.Conv2d, convolution: Convolution, options: Option
         tape.attach(x, current, step)
     tape.latest = x
     counts["conv_steps"] += 1
-    open_tapes[key] = weakref.ref(tape)
+    leave_open(tape, module, owner)
     return current

@@ -83,7 +83,7 @@ class Machine:
 
 def this_machine() -> Machine:
     """As it is now, with the threads in force."""
-    return Machine(_cpu_model(), instruction_set(), str(torch.__version__), torch.get_num_threads())
+    return Machine(cpu_model(), instruction_set(), str(torch.__version__), torch.get_num_threads())
 
 
 def density(product: str, rows: int, inputs: int, outputs: int) -> float:
@@ -229,7 +229,8 @@ def _crossover(by_outputs: list[list[float]], rows: float, multiplications: floa
 
 
 @cache
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """What the processor calls itself."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -55,7 +55,7 @@ class NeuronTape(Tape):
         self.recorded = Recorded()
         self.feeder: Links[SynapseTape] = Links()  # the synapse whose steps made the inputs
         self.outputs: list[tuple[int, int]] = []  # per node output: (0 = output or 1 + state, block)
-        self.synapses: dict[int, weakref.ref[SynapseTape]] = {}  # fed by these spikes, by id of their module
+        self.synapses: dict[int, weakref.ref[Tape]] = {}  # fed by these spikes, by id of their module
         self.last: list[tuple[weakref.ref[torch.Tensor], int, bool]] = []
         self.roles: list[tuple[int, str]] = []  # kind as in `outputs`, and role, of each output of the last block
         self.lane_follows = False  # the lane knows the last step

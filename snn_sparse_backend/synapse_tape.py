@@ -21,7 +21,7 @@ from .raster import Raster, RasterStack
 from .reports import Counter, densities_of
 from .summation import finite, order_of
 from .synapse_steps import Entry, Step, SynapseRun, check_version
-from .tapes import TOPOLOGICAL_SLACK, Delivery, Links, SpikeTag, Tape, part
+from .tapes import TOPOLOGICAL_SLACK, Delivery, Links, SpikeTag, Tape, leave_open, open_tape, part
 
 if TYPE_CHECKING:
     from .neuron_tape import NeuronTape
@@ -31,8 +31,6 @@ SAMPLED_ROWS = 16
 Feeds = tuple[weakref.ref[nn.Module], Callable[[Any], Options | None]]
 # Packed weights: working memory that each sequence of a module fills anew, from the weights as they are then.
 _tiles: weakref.WeakKeyDictionary[nn.Module, torch.Tensor] = weakref.WeakKeyDictionary()
-# The open tape of a synapse whose input carries no raster, so that no neuron sequence owns it yet.
-_unowned: weakref.WeakKeyDictionary[nn.Module, weakref.ref[SynapseTape]] = weakref.WeakKeyDictionary()
 
 
 class SynapseTape(Tape):
@@ -286,7 +284,7 @@ class SynapseTape(Tape):
         fresh.attach(self.steps[index].input, current, self.steps[index])
         if index == len(self.steps) - 1:
             fresh.latest, fresh.current, fresh.current_version = self.latest, self.current, self.current_version
-        _unowned[module] = weakref.ref(fresh)
+        leave_open(fresh, module, None)
         return fresh
 
     # ------------------------------------------------------------------------------------------------ backward
@@ -421,13 +419,10 @@ def run_synapse(module: nn.Linear, options: Options, host: Any, x: torch.Tensor,
             :class:`DeferredCurrents`.
     """
     owner = tag.tape() if tag is not None and x.requires_grad else None
-    open_tapes: Any = owner.synapses if owner is not None else _unowned
-    key: Any = id(module) if owner is not None else module
-    reference = open_tapes.get(key)
-    tape = reference() if reference is not None else None
+    tape = open_tape(module, owner)
     if tape is not None:
         tape.absorb()
-    if tape is None or not tape.continues(module, options):
+    if not isinstance(tape, SynapseTape) or not tape.continues(module, options):
         tape = SynapseTape(module, options, owner)
     entry = tape.entry_of(x, tag)
     current = tape.currents(host, x, entry, defer)
@@ -442,7 +437,7 @@ def run_synapse(module: nn.Linear, options: Options, host: Any, x: torch.Tensor,
     tape.latest = x if x.dim() <= 2 else None  # a whole sequence does not come again, and would be kept
     tape.arm(x, step, feeds)
     counts["synapse_steps"] += 1
-    open_tapes[key] = weakref.ref(tape)
+    leave_open(tape, module, owner)
     return current
 
 

@@ -192,6 +192,24 @@ def _tag_from_lane(tensor: torch.Tensor) -> SpikeTag | None:
     return SpikeTag(tape.blocks[index].raster, tape, index, tensor._version)
 
 
+# The open tapes of synapses and convolutions whose input carries no raster, so that no neuron sequence owns them yet.
+_unowned: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Tape]] = weakref.WeakKeyDictionary()
+
+
+def open_tape(module: nn.Module, owner: NeuronTape | None) -> Tape | None:
+    """The tape on which the last call of a synapse was recorded, on spikes of this neuron sequence or on none."""
+    reference = owner.synapses.get(id(module)) if owner is not None else _unowned.get(module)
+    return reference() if reference is not None else None
+
+
+def leave_open(tape: Tape, module: nn.Module, owner: NeuronTape | None) -> None:
+    """Makes this the tape that the next call of a synapse may continue."""
+    if owner is not None:
+        owner.synapses[id(module)] = weakref.ref(tape)
+    else:
+        _unowned[module] = weakref.ref(tape)
+
+
 def part(total: torch.Tensor, first: int, rows: int, shape: torch.Size) -> torch.Tensor:
     """Rows ``[first, first + rows)`` of a matrix, in the shape of one block."""
     return total[first : first + rows].view(shape)

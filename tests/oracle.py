@@ -249,6 +249,16 @@ def weighted(*tensors: Tensor) -> Tensor:
     return sum((t * torch.linspace(-1, 1.3, t.numel()).view(t.shape)).sum() for t in tensors)
 
 
+def train_two_streams(net: Any, first: Tensor, second: Tensor, together: bool) -> None:
+    """Two sequences in turn through one network (``start``, ``step``), with one backward for both or one for each."""
+    losses, streams = [torch.zeros(()), torch.zeros(())], [net.start(), net.start()]
+    for x, y in zip(first, second, strict=True):
+        for i, frame in enumerate((x, y)):
+            losses[i] = losses[i] + weighted(*net.step(frame, streams[i]))
+    for loss in [sum(losses)] if together else losses:
+        loss.backward()
+
+
 def train(side: Side, net: nn.Module, loss: Tensor, name: str = "", **leaves: Tensor) -> None:
     side.output(f"{name}loss", loss)
     loss.backward()

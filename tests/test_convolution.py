@@ -13,7 +13,7 @@ import snntorch as snn
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Side, assert_same, precision, run, train, weighted
+from oracle import Side, assert_same, precision, run, train, train_two_streams, weighted
 from snntorch import surrogate
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -333,12 +333,7 @@ def test_two_streams_through_one_module(dtype: torch.dtype, together: bool) -> N
     def program(side: Side) -> None:
         net = Net(side)
         for _ in range(2):
-            losses, streams = [torch.zeros(()), torch.zeros(())], [net.start(), net.start()]
-            for x, y in zip(frames(), frames(), strict=True):
-                for i, frame in enumerate((x, y)):
-                    losses[i] = losses[i] + weighted(*net.step(frame, streams[i]))
-            for loss in [sum(losses)] if together else losses:
-                loss.backward()
+            train_two_streams(net, frames(), frames(), together)
         side.collect(net)
 
     with precision(dtype):

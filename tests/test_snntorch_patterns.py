@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import snntorch as snn
 import torch
-from oracle import BATCH, STEPS, Net, Side, assert_same, frames, precision, train, weighted
+from oracle import BATCH, STEPS, Net, Side, assert_same, frames, precision, train, train_two_streams, weighted
 from snntorch import surrogate, utils
 from torch import Tensor, nn
 
@@ -152,12 +152,7 @@ def test_skipped_steps() -> None:
 def test_two_streams_through_one_module(together: bool) -> None:
     def program(side: Side) -> None:
         net = Net(side)
-        losses, streams = [torch.zeros(()), torch.zeros(())], [net.start(), net.start()]
-        for x, y in zip(frames(), frames(), strict=True):
-            for i, frame in enumerate((x, y)):
-                losses[i] = losses[i] + weighted(*net.step(frame, streams[i]))
-        for loss in [sum(losses)] if together else losses:
-            loss.backward()
+        train_two_streams(net, frames(), frames(), together)
         side.collect(net)
 
     assert_same(program, synapses=True)

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -21,6 +20,7 @@ from .. import __version__
 from ..build import load_node
 from ..config import config
 from ..counters import counts
+from ..crossovers import cpu_model
 from ..kernels import unpack
 from ..native import instruction_set
 from ..neuron_tape import NeuronTape
@@ -148,7 +148,7 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "device": str(device or "cpu"),
         "gpu": gpu(device) if device is not None and device.type == "cuda" else None,
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "instruction_set": instruction_set(),
         "threads": torch.get_num_threads(),
         "dtype": str(torch.get_default_dtype()).removeprefix("torch."),
@@ -195,11 +195,3 @@ def installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
