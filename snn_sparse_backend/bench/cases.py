@@ -125,6 +125,10 @@ _CPU = (
     *_layer("snntorch", 512, rounds=3, peers=PEERS),
     *_layer("snntorch", 2048, rounds=2, peers=LINEAR_PEERS),
     *_layer("snntorch", 4096, rounds=1, peers=("SpikingJelly multi-step",)),
+    # On whole sequences the synapse is one product, as the floor's is: what is left is what the neuron costs.
+    *_layer("norse", 512, rounds=3),
+    *_layer("norse", 2048, rounds=2),
+    *_layer("norse", 4096, rounds=1),
 )
 
 PRESETS = {
