@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from ..config import Options
+from .fallback import warn
+from .support import Bystanders
 
 OPTIONS = "_snn_sparse_options"  # attribute of the layers of a model that is enabled on its own
 
@@ -46,6 +48,7 @@ class Adapter:
         models: layers of models that are enabled on their own (held weakly).
         truncated: scope in which the host library itself uses truncated surrogate derivatives.
         spikes: whether a supported layer emits spikes (an integrator does not).
+        bystanders: the classes that are left alone.
     """
 
     library: str
@@ -54,6 +57,7 @@ class Adapter:
     models: MutableSet[Any]
     truncated: Callable[[nn.Module, float], AbstractContextManager[None]]
     spikes: Callable[[nn.Module], bool]
+    bystanders: Bystanders
 
     def adopt(self, model: nn.Module, options: Options) -> int:
         """Enables the supported layers of one model; returns how many there are."""
@@ -62,6 +66,9 @@ class Adapter:
             layer.__dict__[OPTIONS] = options
             self.models.add(layer)
         self.refresh()
+        if layers:
+            for module, reason in self.bystanders.within(model.modules()):
+                warn(module, reason)
         return len(layers)
 
     def adopt_again(self, layers: list[tuple[nn.Module, Options | None]]) -> None:

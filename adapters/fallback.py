@@ -79,12 +79,17 @@ def mode_problem(device: torch.device) -> str | None:
 def report(module: Any, reason: str) -> None:
     """Counts a host step and warns once per kind of layer and reason."""
     counts["host_steps"] += 1
+    warn(module, reason, stacklevel=5)
+
+
+def warn(module: Any, reason: str, stacklevel: int = 4) -> None:
+    """Warns that the host's code runs, once per kind of layer and reason."""
     kind = type(module).__name__
     if reason.startswith(_EXPECTED) or (kind, reason) in _warned:
         return
     _warned.add((kind, reason))
     message = f"{kind}: running the host library's own code, because {reason}"
-    warnings.warn(message, SparseFallbackWarning, stacklevel=4)
+    warnings.warn(message, SparseFallbackWarning, stacklevel=stacklevel)
 
 
 def forget_warnings() -> None:

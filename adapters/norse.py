@@ -1,4 +1,4 @@
-"""Norse: ``LIF``, ``LIFCell``, ``LI`` and ``LICell`` with sparse, time-fused backward; swap the class, keep the rest.
+"""Norse: its neurons with sparse, time-fused backward; swap the class, keep the rest.
 
 ::
 
@@ -10,24 +10,22 @@ and replace only ``forward``. Sequences are ``[T, B, ...]``, cells take one time
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import norse.torch as stock
 import torch
-from norse.torch.functional import lif
-from norse.torch.functional.leaky_integrator import LIState, li_feed_forward_step
-from norse.torch.functional.lif import LIFFeedForwardState, lif_feed_forward_step
 from norse.torch.module.snn import SNN, SNNCell
 from torch import nn
 
 from ..compat.norse import hands_over, input_drives_membrane_at_once, surrogate_of
 from ..config import Options, config
 from ..deferred import settled
-from ..dynamics import LI as LI_DYNAMICS
-from ..dynamics import LIF as LIF_DYNAMICS
+from ..dynamics import Dynamics
 from ..lanes import steps as lane_steps
 from ..native import DTYPES
 from ..neuron_tape import computing_dtype, run_neuron
@@ -38,13 +36,11 @@ from ..surrogate import NO_GRADIENT
 from . import synapses
 from .adapter import OPTIONS, Adapter, truncate
 from .fallback import mode_problem, report, tensor_problem
+from .norse_neurons import KINDS, Kind, host_class
 from .plans import PlanCache
+from .support import Bystanders
 
 LIBRARY = "norse"
-__all__ = ["LI", "LICell", "LIF", "LIFCell"]
-
-_LIF_NAMES = ("tau_mem_inv", "tau_syn_inv", "v_leak", "v_th", "v_reset")
-_LI_NAMES = _LIF_NAMES[:3]
 
 
 def options_of(module: Any) -> Options | None:
@@ -52,7 +48,7 @@ def options_of(module: Any) -> Options | None:
     if config.suspended:
         return None
     own = module.__dict__.get(OPTIONS) or config.libraries.get(LIBRARY)
-    return own or (config.defaults if isinstance(module, _SWAPPED) else None)
+    return own or (config.defaults if isinstance(module, _CLASSES) else None)
 
 
 def _sequence_forward(self: Any, input_tensor: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
@@ -81,31 +77,33 @@ def _forward(self: Any, host: Any, x: torch.Tensor, state: Any, sequence: bool) 
     options = options_of(self)
     if options is None or not torch.is_grad_enabled() or not isinstance(x, torch.Tensor):
         return host(self, x, state)
-    if not (sequence or options.fuse_steps) and _is_lif(self):
+    kind = _KINDS.get(type(self))
+    if not (sequence or options.fuse_steps) and spikes(self):
         return host(self, x, state)  # only Norse's own graph has the gradient at a spike with its part from the reset
-    if not sequence and isinstance(state, (LIFFeedForwardState, LIState)):
-        done = lane_steps.neuron(self, options, x, *state)
+    if not sequence and kind is not None and isinstance(state, kind.state):
+        done = lane_steps.neuron(self, options, x, *kind.states(state))
         if done is not None:
-            return done[0], type(state)(*done[1:])
-    problem = _problem(self, x, sequence)
-    if problem is None:
-        given = state is not None
-        state = state if given else _on_device(self.state_fallback(x), x.device)
-        plan, problem = _plan_of(self, options, x.shape[1:] if sequence else x.shape, x, state, given)
+            return done[0], kind.state(*done[1:])
+    problem = _problem(self, kind, x, sequence)
+    if problem is not None or kind is None:
+        report(self, str(problem))
+        return host(self, x, state)
+    given = state is not None
+    state = state if given else _on_device(self.state_fallback(x), x.device)
+    plan, problem = _plan_of(kind, self, options, x.shape[1:] if sequence else x.shape, x, state, given)
     if problem is not None:
         report(self, problem)
         return host(self, x, state)
-    if plan is None or not _differentiable(plan, x, state, x.shape[0] if sequence else 1):
+    states = kind.states(state)
+    if plan is None or not _differentiable(plan, x, states, x.shape[0] if sequence else 1):
         return host(self, x, state)
-    if type(self) in _SWAPPED:
+    if type(self) in _CLASSES:
         synapses.switch("norse classes", True)
     synapses.learn_source(x, self, options_of, _takes_over if sequence else None)
     lane_steps.prepare()
     record = sequence and self.record_states
-    result = run_neuron(plan, x, [state.v, state.i], x.shape[0] if sequence else None, record)
-    v, i = result.recorded if record else result.finals
-    kind = LIFFeedForwardState if plan.dynamics is LIF_DYNAMICS else LIState
-    return result.output, kind(v=v, i=i)
+    result = run_neuron(plan, x, states, x.shape[0] if sequence else None, record)
+    return result.output, kind.state(*(result.recorded if record else result.finals))
 
 
 def _on_device(state: Any, device: torch.device) -> Any:
@@ -116,9 +114,9 @@ def _on_device(state: Any, device: torch.device) -> Any:
     return state._replace(v=filled(v, v.shape, v.dtype, device).requires_grad_(v.requires_grad))
 
 
-def _problem(module: Any, x: torch.Tensor, sequence: bool) -> str | None:
+def _problem(module: Any, kind: Kind | None, x: torch.Tensor, sequence: bool) -> str | None:
     """Why this call must run the host's code, as far as it does not depend on parameters and state."""
-    if type(module) not in _KINDS:
+    if kind is None:
         return f"it is a subclass of {type(module).__mro__[1].__name__}"
     if x.is_sparse:
         return "sparse COO inputs have other gradients in Norse"
@@ -127,25 +125,23 @@ def _problem(module: Any, x: torch.Tensor, sequence: bool) -> str | None:
         return problem
     if not x.numel() or (sequence and x.dim() == 0):
         return "the input is empty"
-    if module.activation is not _KINDS[type(module)]:
+    if module.activation is not kind.activation:
         return "its activation is not the library's feed-forward step"
-    if _is_lif(module) and not input_drives_membrane_at_once():
+    if isinstance(module, (stock.LIF, stock.LIFCell)) and not input_drives_membrane_at_once():
         return "this version of Norse orders the LIF step differently"
     return None
 
 
-def _differentiable(plan: Plan, x: torch.Tensor, state: Any, steps: int) -> bool:
+def _differentiable(plan: Plan, x: torch.Tensor, states: list[torch.Tensor], steps: int) -> bool:
     """Whether all outputs require grad; a step without gradients, and the first with them, may be left to Norse."""
-    tau_mem_inv, tau_syn_inv, v_leak, *spiking = plan.parameters
-    at_once = [x, state.v, state.i, tau_mem_inv, v_leak, *spiking[: int(plan.differentiable_output)]]
-    if any(t.requires_grad for t in at_once):
-        return True
-    # The synaptic time constant and the reset act on the next step only.
-    return steps > 1 and any(t.requires_grad for t in (tau_syn_inv, *spiking[1:]))
+    given = [t.requires_grad for t in (x, *states, *plan.parameters)]
+    output, membrane, *_ = plan.dynamics.attached(given, steps, plan.surrogate.differentiable)
+    return membrane and (output or not plan.differentiable_output)
 
 
-def _is_lif(module: Any) -> bool:
-    return isinstance(module, (stock.LIF, stock.LIFCell))
+def spikes(module: Any) -> bool:
+    """Whether a supported module emits spikes (an integrator does not)."""
+    return hasattr(module.p, "v_th")
 
 
 # ---------------------------------------------------------------------------------------------------- plans
@@ -153,7 +149,7 @@ def _is_lif(module: Any) -> bool:
 _plans = PlanCache()
 
 
-def _plan_of(module: Any, options: Options, shape: torch.Size, x: torch.Tensor, state: Any,
+def _plan_of(kind: Kind, module: Any, options: Options, shape: torch.Size, x: torch.Tensor, state: Any,
              given: bool) -> tuple[Plan | None, str | None]:
     """The plan of a module, made anew whenever something it depends on changed; or why there is none.
 
@@ -161,55 +157,69 @@ def _plan_of(module: Any, options: Options, shape: torch.Size, x: torch.Tensor, 
         given: whether the user gave the state, rather than Norse's default.
     """
     p = module.p
-    tensors = [getattr(p, name) for name in (_LIF_NAMES if _is_lif(module) else _LI_NAMES)]
-    if not all(isinstance(t, torch.Tensor) for t in (*tensors, state.v, state.i)):
+    tensors, states = kind.tensors(p), kind.states(state)
+    if not all(isinstance(t, torch.Tensor) for t in (*tensors, *states)):
         return None, "its parameters or states are not all tensors"
-    dtype = computing_dtype(x, [state.i])
-    problem = _state_problem(shape, dtype, x, state) or _dtype_problem(shape, dtype, x, state, tensors, given)
+    dtype = computing_dtype(x, [] if kind.current is None else [getattr(state, kind.current)])
+    problem = (_state_problem(kind, shape, dtype, x, states)
+               or _dtype_problem(kind, shape, dtype, x, state, tensors, given))
     if problem is not None:
         return None, problem
+    dynamics, reset = kind.dynamics(p), getattr(p, "reset_method", None)
+    if dynamics is None:
+        return None, "its reset method is not the library's"
     method, alpha = getattr(p, "method", ""), getattr(p, "alpha", 0.0)
     watched = [t for t in (*tensors, alpha, module.dt) if isinstance(t, torch.Tensor)]
     if any(t.is_inference() for t in watched):
         return None, "its parameters were made in inference mode"
-    key = (id(options), shape, dtype, x.device, method,
+    key = (id(options), shape, dtype, x.device, method, reset,
            *((id(t), t._version, t.requires_grad, t.dtype, t.shape) for t in watched),
            *(v for v in (alpha, module.dt) if not isinstance(v, torch.Tensor)))
     return _plans.find(module, key, (options, watched),
-                       lambda: _new_plan(module, options, shape, dtype, x, tensors, method, alpha))
+                       lambda: _new_plan(kind, dynamics, module, options, shape, dtype, x, tensors, method, alpha))
 
 
-def _new_plan(module: Any, options: Options, shape: torch.Size, dtype: torch.dtype, x: torch.Tensor,
-              tensors: list[torch.Tensor], method: str, alpha: Any) -> tuple[Plan | None, str | None]:
+def _new_plan(kind: Kind, dynamics: Dynamics, module: Any, options: Options, shape: torch.Size, dtype: torch.dtype,
+              x: torch.Tensor, tensors: list[torch.Tensor], method: str,
+              alpha: Any) -> tuple[Plan | None, str | None]:
     problem = _parameter_problem(shape, dtype, x, tensors, alpha)
-    return (None if problem else _make_plan(module, options, tensors, method, alpha)), problem
+    return (None if problem else _make_plan(kind, dynamics, module, options, tensors, method, alpha)), problem
 
 
-def _state_problem(shape: torch.Size, dtype: torch.dtype, x: torch.Tensor, state: Any) -> str | None:
-    problem = tensor_problem(x, state.v, state.i)
+def _state_problem(kind: Kind, shape: torch.Size, dtype: torch.dtype, x: torch.Tensor,
+                   states: list[torch.Tensor]) -> str | None:
+    problem = tensor_problem(x, *states)
     if problem is not None:
         return f"state: {problem}"
     if dtype not in DTYPES:
         return f"a state of {dtype} is not supported, only float32 and float64"
-    if state.v.dim() and torch.promote_types(state.v.dtype, dtype) != dtype:
-        return f"v of {state.v.dtype} and i of {dtype} mix dtypes"
-    if not all(_broadcasts(s, shape) for s in state):
-        return f"a state of shape {tuple(state.v.shape)} does not broadcast to the input of shape {tuple(shape)}"
+    for state in states:
+        if state.dim() and torch.promote_types(state.dtype, dtype) != dtype:
+            return f"states of {state.dtype} and {dtype} mix dtypes"
+        if not _broadcasts(state, shape):
+            return f"a state of shape {tuple(state.shape)} does not broadcast to the input of shape {tuple(shape)}"
+    if kind.delayed and torch.broadcast_shapes(*(state.shape for state in states)) != shape:
+        return f"its states have fewer dimensions than the input of shape {tuple(shape)}"
     return None
 
 
-def _dtype_problem(shape: torch.Size, dtype: torch.dtype, x: torch.Tensor, state: Any, tensors: list[torch.Tensor],
-                   given: bool) -> str | None:
+def _dtype_problem(kind: Kind, shape: torch.Size, dtype: torch.dtype, x: torch.Tensor, state: Any,
+                   tensors: list[torch.Tensor], given: bool) -> str | None:
     """Why mixed dtypes would round otherwise than in Norse, where each operation has the dtype of its operands."""
-    v, v_leak = state.v, tensors[2]
-    if not shape and any(t.dtype is not dtype for t in (x, *state, *tensors)):
+    states = kind.states(state)
+    if not shape and any(t.dtype is not dtype for t in (x, *states, *tensors)):
         return "a step without dimensions mixes dtypes"
-    if v.dtype is dtype and v_leak.dtype is dtype:
-        return None
-    exact = torch.result_type(v_leak, v) is dtype  # the dtype of v_leak - v
-    if exact or (not given and bool((v_leak.double() == v.double()).all())):  # 0 in any dtype
-        return None
-    return f"v of {v.dtype} and v_leak of {v_leak.dtype} would be subtracted in another dtype than {dtype}"
+    for parameter_name, state_name in kind.differences:
+        parameter, value = tensors[kind.parameters.index(parameter_name)], getattr(state, state_name)
+        if (value.dtype is dtype and parameter.dtype is dtype) or torch.result_type(parameter, value) is dtype:
+            continue
+        if not given and bool((parameter.double() == value.double()).all()):  # 0 in any dtype
+            continue
+        return (f"{state_name} of {value.dtype} and {parameter_name} of {parameter.dtype} would be subtracted in "
+                f"another dtype than {dtype}")
+    if given and kind.current is None and any(s.dtype is not dtype for s in states):
+        return f"its states are not all of the dtype {dtype} of the input"
+    return None
 
 
 def _broadcasts(tensor: torch.Tensor, shape: torch.Size) -> bool:
@@ -236,24 +246,22 @@ def _parameter_problem(shape: torch.Size, dtype: torch.dtype, x: torch.Tensor, t
     return None
 
 
-def _make_plan(module: Any, options: Options, tensors: list[torch.Tensor], method: str, alpha: Any) -> Plan | None:
+def _make_plan(kind: Kind, dynamics: Dynamics, module: Any, options: Options, tensors: list[torch.Tensor],
+               method: str, alpha: Any) -> Plan | None:
     dt = module.dt
-
-    def derive() -> tuple[torch.Tensor, ...]:
-        return dt * tensors[0], -dt * tensors[1], *tensors[2:]
-
+    derive = partial(kind.derive, tensors, dt)
     own = module.__dict__
     watched = [t for t in (*tensors, alpha, dt) if isinstance(t, torch.Tensor)]
     guard = (*(("attribute", name, own.get(name)) for name in ("p", "dt", "activation")),
              *(("tensor", t) for t in watched))
     shared: dict[str, Any] = {"densities": densities_of(module), "guard": guard,
                               "module": weakref.ref(module) if own.get("p") is module.p else None}
-    if not _is_lif(module):
-        return Plan(LI_DYNAMICS, NO_GRADIENT, options, tuple(tensors), derive, **shared)
+    if not dynamics.spikes:
+        return Plan(dynamics, NO_GRADIENT, options, tuple(tensors), derive, **shared)
     surrogate = surrogate_of(method, float(alpha.detach() if isinstance(alpha, torch.Tensor) else alpha))
     if surrogate is None:  # Norse raises its own error
         return None
-    return Plan(LIF_DYNAMICS, surrogate.within(options.cutoff), options, tuple(tensors), derive,
+    return Plan(dynamics, surrogate.within(options.cutoff), options, tuple(tensors), derive,
                 differentiable_output=surrogate is not NO_GRADIENT, **shared)
 
 
@@ -284,24 +292,59 @@ class LICell(stock.LICell):
     forward = _cell_forward
 
 
-_SWAPPED = (LIF, LIFCell, LI, LICell)
-_FORWARDS = {stock.LIF: _sequence_forward, stock.LIFCell: _cell_forward, stock.LI: _sequence_forward,
-             stock.LICell: _cell_forward}
-# The step function each class must have for the kernels to be the same thing.
-_KINDS = {kind: lif_feed_forward_step if issubclass(kind, (stock.LIF, stock.LIFCell)) else li_feed_forward_step
-          for kind in (*_FORWARDS, *_SWAPPED)}
+class LIFBoxCell(stock.LIFBoxCell):
+    """Norse's ``LIFBoxCell``: one time step ``[B, ...]`` of LIF neurons without a synaptic current."""
 
+    forward = _cell_forward
+
+
+class LSNN(stock.LSNN):
+    """Norse's ``LSNN``: neurons with an adaptive threshold over a sequence ``[T, B, ...]``."""
+
+    forward = _sequence_forward
+
+
+class LSNNCell(stock.LSNNCell):
+    """Norse's ``LSNNCell``: one time step ``[B, ...]`` of neurons with an adaptive threshold."""
+
+    forward = _cell_forward
+
+
+_SWAPPED: dict[type, type] = {cls.__bases__[0]: cls for cls in (LIF, LIFCell, LI, LICell, LIFBoxCell, LSNN, LSNNCell)}
+
+
+def _swap_in(name: str) -> None:
+    """The swapped class for one that not every version of Norse has."""
+    host = host_class(name)
+    if host is not None:
+        body = {"forward": _forward_of(host), "__module__": __name__, "__doc__": f"Norse's ``{name}``."}
+        _SWAPPED[host] = globals()[name] = type(name, (host,), body)
+
+
+def _forward_of(host: type) -> Any:
+    return _sequence_forward if issubclass(host, SNN) else _cell_forward
+
+
+for _name in ("IAF", "IAFCell", "LIBoxCell", "LIFBox", "LIBox"):
+    _swap_in(_name)
+
+__all__ = sorted(cls.__name__ for cls in _SWAPPED.values())
+_CLASSES = tuple(_SWAPPED.values())
+_KINDS: dict[type, Kind] = {**KINDS, **{swapped: KINDS[host] for host, swapped in _SWAPPED.items()}}
+
+_bystanders = Bystanders(LIBRARY, host_class, options_of)
 _models: weakref.WeakSet[Any] = weakref.WeakSet()  # layers of models that are enabled on their own
 
 
 def _refresh() -> None:
     """Patches Norse's own classes if the library or some model is enabled, else restores them."""
     wanted = LIBRARY in config.libraries or len(_models) > 0
-    for kind, forward in _FORWARDS.items():
+    for host in _SWAPPED:
         if wanted:
-            kind.forward = forward
-        elif "forward" in vars(kind):
-            del kind.forward  # inherited from SNN or SNNCell again
+            host.forward = _forward_of(host)  # type: ignore[attr-defined]
+        elif "forward" in vars(host):
+            del host.forward  # type: ignore[attr-defined]  # inherited from SNN or SNNCell again
+    _bystanders.watch(LIBRARY in config.libraries)
     synapses.switch(LIBRARY, wanted)
 
 
@@ -312,12 +355,19 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 @contextmanager
 def _truncated(_model: nn.Module, cutoff: float) -> Iterator[None]:
     """Norse's threshold derivatives multiplied by 1[|U - v_th| < cutoff], for comparisons; for the whole process."""
-    original = lif.threshold
-    lif.threshold = lambda x, *rest: truncate(lambda y: original(y, *rest), x, cutoff)
+    modules: set[Any] = {sys.modules[kind.activation.__module__] for kind in KINDS.values()}
+    originals = {module: module.threshold for module in modules if hasattr(module, "threshold")}
+    for module, original in originals.items():
+        module.threshold = partial(_truncated_threshold, original, cutoff)
     try:
         yield
     finally:
-        lif.threshold = original
+        for module, original in originals.items():
+            module.threshold = original
 
 
-adapter = Adapter(LIBRARY, _refresh, _layers, _models, _truncated, _is_lif)
+def _truncated_threshold(threshold: Any, cutoff: float, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return truncate(lambda y: threshold(y, *rest), x, cutoff)
+
+
+adapter = Adapter(LIBRARY, _refresh, _layers, _models, _truncated, spikes, _bystanders)

@@ -1,13 +1,13 @@
-"""snnTorch: ``snn.Leaky`` with its own semantics, its steps recorded on time-fused tapes.
+"""snnTorch: its neurons with their own semantics, their steps recorded on time-fused tapes.
 
-The state protocol follows ``snntorch/_neurons/leaky.py``: a state that is passed replaces the stored one, a state of
-another shape is replaced by zeros, the returned membrane is the very tensor kept in ``lif.mem``.
+The state protocol follows ``snntorch/_neurons/*.py``: a state that is passed replaces the stored one, a state of
+another shape is replaced by zeros, the returned states are the very tensors kept in the layer's buffers.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,7 @@ from typing import Any
 
 import snntorch as snn
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..compat.snntorch import constants, emits, surrogate_of
 from ..config import Options, config
@@ -29,14 +29,10 @@ from . import synapses
 from .adapter import OPTIONS, Adapter, truncate
 from .fallback import mode_problem, report, tensor_problem
 from .plans import PlanCache, values_of
+from .snntorch_neurons import KINDS, Kind
+from .support import Bystanders
 
 LIBRARY = "snntorch"
-host_forward = snn.Leaky.forward
-
-_RESETS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "none"}
-_RESET_VALUES = ("subtract", "zero", "none")
-_STEP_METHODS = ("fire", "mem_reset", "_base_state_function", *_RESETS)
-_HOST_METHODS = {name: getattr(snn.Leaky, name) for name in _STEP_METHODS}
 
 
 def options_of(module: Any) -> Options | None:
@@ -44,48 +40,84 @@ def options_of(module: Any) -> Options | None:
     return None if config.suspended else module.__dict__.get(OPTIONS) or config.libraries.get(LIBRARY)
 
 
-def leaky_forward(self: Any, input_: torch.Tensor, mem: torch.Tensor | None = None) -> Any:
+def leaky_forward(self: Any, input_: Tensor, mem: Tensor | None = None) -> Any:
     """Replaces ``snn.Leaky.forward``: input ``[B, ...]``, membrane of the same shape; returns what Leaky returns."""
+    return _forward(_LEAKY, self, input_, (mem,))
+
+
+def lapicque_forward(self: Any, input_: Tensor, mem: Tensor | None = None) -> Any:
+    """Replaces ``snn.Lapicque.forward``, see :func:`leaky_forward`."""
+    return _forward(_LAPICQUE, self, input_, (mem,))
+
+
+def synaptic_forward(self: Any, input_: Tensor, syn: Tensor | None = None, mem: Tensor | None = None) -> Any:
+    """Replaces ``snn.Synaptic.forward``, see :func:`leaky_forward`."""
+    return _forward(_SYNAPTIC, self, input_, (syn, mem))
+
+
+def alpha_forward(self: Any, input_: Tensor, syn_exc: Tensor | None = None, syn_inh: Tensor | None = None,
+                  mem: Tensor | None = None) -> Any:
+    """Replaces ``snn.Alpha.forward``, see :func:`leaky_forward`."""
+    return _forward(_ALPHA, self, input_, (syn_exc, syn_inh, mem))
+
+
+_LEAKY, _SYNAPTIC, _LAPICQUE, _ALPHA = (KINDS[c] for c in (snn.Leaky, snn.Synaptic, snn.Lapicque, snn.Alpha))
+_FORWARDS: dict[Any, Any] = {snn.Leaky: leaky_forward, snn.Synaptic: synaptic_forward,
+                             snn.Lapicque: lapicque_forward, snn.Alpha: alpha_forward}
+
+
+def _forward(kind: Kind, module: Any, x: Tensor, given: tuple[Tensor | None, ...]) -> Any:
     if torch.compiler.is_compiling():
-        return host_forward(self, input_, mem)
-    options = options_of(self)
-    if options is None or not torch.is_grad_enabled() or (self.init_hidden and mem is not None):
-        return host_forward(self, input_, mem)
-    state = self._buffers.get("mem") if mem is None else mem
-    done = lane_steps.neuron(self, options, input_, state)
+        return kind.host(module, x, *given)
+    options = options_of(module)
+    passed = any(state is not None for state in given)
+    if options is None or not torch.is_grad_enabled() or (module.init_hidden and passed):
+        return kind.host(module, x, *given)
+    buffers = module._buffers
+    *others, membrane = [buffers.get(name) if state is None else state
+                         for name, state in zip(kind.states, given, strict=True)]
+    states = [membrane, *others]  # as the kernels have them
+    done = lane_steps.neuron(module, options, x, *states)
     if done is not None:
-        self._buffers["mem"] = done[1]
-        return done if self.output or not self.init_hidden else done[0]
-    if type(state) is not torch.Tensor:  # the host raises its own error
-        return host_forward(self, input_, mem)
-    plan, problem = None, _problem(self, input_, state)
+        return _hand_out(kind, module, done[0], done[1:])
+    if any(type(state) is not Tensor for state in states):  # the host raises its own error
+        return kind.host(module, x, *given)
+    plan, problem = None, _problem(kind, module, x, states)
     if problem is None:
-        plan, problem = _plan_of(self, options, input_)
+        plan, problem = _plan_of(kind, module, options, x)
     if problem is not None:
-        report(self, problem)
-        return host_forward(self, input_, mem)
+        report(module, problem)
+        return kind.host(module, x, *given)
     assert plan is not None
-    if state.shape != input_.shape:
-        state = torch.zeros_like(input_, device=state.device)
-    if not (input_.requires_grad or state.requires_grad or any(p.requires_grad for p in plan.parameters)):
-        return host_forward(self, input_, mem)
-    synapses.learn_source(input_, self, options_of)
+    states = [s if s.shape == x.shape else torch.zeros_like(x, device=s.device) for s in states]
+    if not any(t.requires_grad for t in (x, *states, *plan.parameters)):
+        return kind.host(module, x, *given)
+    synapses.learn_source(x, module, options_of)
     lane_steps.prepare()
-    result = run_neuron(plan, input_, [state])
-    spk, new = result.output, result.finals[0]
-    if not options.fuse_steps and not plan.dynamics.late_reset:
+    result = run_neuron(plan, x, states)
+    spk, membrane = result.output, result.finals[0]
+    if not options.fuse_steps and plan.dynamics.fires_from_state:
         # Who asks for the gradient at the membrane wants the part through its spikes too: they get a node of their own.
-        spk = run_neuron(_firing(plan), new, [torch.zeros_like(new)]).output
-    self._buffers["mem"] = new
-    if self.output or not self.init_hidden:
-        return spk, new
-    return spk
+        spk = run_neuron(_firing(plan), membrane, [torch.zeros_like(membrane)]).output
+    return _hand_out(kind, module, spk, result.finals)
 
 
-def _problem(module: Any, x: torch.Tensor, state: torch.Tensor) -> str | None:
+def _hand_out(kind: Kind, module: Any, spk: Tensor, states: Sequence[Tensor]) -> Any:
+    """Keeps the states in the module and returns what the host returns."""
+    buffers = module._buffers
+    if len(states) == 1:
+        buffers["mem"] = states[0]
+    else:
+        states = (*states[1:], states[0])
+        for name, state in zip(kind.states, states, strict=True):
+            buffers[name] = state
+    return (spk, *states) if module.output or not module.init_hidden else spk
+
+
+def _problem(kind: Kind, module: Any, x: Tensor, states: Sequence[Tensor]) -> str | None:
     """Why this call must run the host's code, as far as it does not depend on the module's settings."""
-    if type(module) is not snn.Leaky:
-        return "it is a subclass of snntorch.Leaky"
+    if KINDS.get(type(module)) is not kind:
+        return f"it is a subclass of snntorch.{type(module).__mro__[1].__name__}"
     problem = tensor_problem(x) or mode_problem(x.device)
     if problem is not None:
         return problem
@@ -93,11 +125,18 @@ def _problem(module: Any, x: torch.Tensor, state: torch.Tensor) -> str | None:
         return f"inputs of {x.dtype} are not supported, only float32 and float64"
     if x.dtype is torch.float64 and emits(x.dtype) is not x.dtype:
         return "snnTorch emits float32 spikes for a float64 membrane"
-    if state.shape == x.shape:
+    if not x.numel():
+        return "the input is empty"
+    for name, state in zip(("mem", *kind.states), states, strict=False):
+        if state.shape != x.shape:
+            continue
         if state.dtype != x.dtype:
-            return f"the membrane has dtype {state.dtype} and the input {x.dtype}"
-        return tensor_problem(x, state) if x.numel() else "the input is empty"
-    return None if x.numel() else "the input is empty"
+            what = "the membrane" if name == "mem" else f"the state {name}"
+            return f"{what} has dtype {state.dtype} and the input {x.dtype}"
+        problem = tensor_problem(x, state)
+        if problem is not None:
+            return problem
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------- plans
@@ -105,34 +144,30 @@ def _problem(module: Any, x: torch.Tensor, state: torch.Tensor) -> str | None:
 _plans = PlanCache()
 
 
-def _plan_of(module: Any, options: Options, x: torch.Tensor) -> tuple[Plan | None, str | None]:
+def _plan_of(kind: Kind, module: Any, options: Options, x: Tensor) -> tuple[Plan | None, str | None]:
     """The plan of a module, made anew whenever something it depends on changed; or why there is none."""
-    own, buffers, parameters = module.__dict__, module._buffers, module._parameters
-    beta, threshold, factor = [
-        parameters[n] if n in parameters else buffers.get(n) for n in ("beta", "threshold", "graded_spikes_factor")
-    ]
-    reset_value = buffers.get("reset_mechanism_val")
-    if reset_value is None or beta is None or threshold is None or factor is None:
+    own = module.__dict__
+    tensors = {name: kind.find(module, name) for name in (*kind.parameters, "reset_mechanism_val")}
+    if any(tensor is None for tensor in tensors.values()):
         return None, "one of its parameters is not an ordinary parameter or buffer"
     spike_grad, update = own.get("spike_grad"), own["state_function"]
     key = (
-        id(options), x.dtype, x.shape, x.device, id(beta), beta._version, beta.requires_grad, id(threshold),
-        threshold._version, threshold.requires_grad, id(factor), factor._version, factor.requires_grad, id(spike_grad),
-        constants(spike_grad), getattr(update, "__func__", None), getattr(update, "__self__", None) is module,
-        own["reset_delay"],
-        id(reset_value), reset_value._version, own["inhibition"], bool(own["state_quant"]),
+        id(options), x.dtype, x.shape, x.device, id(spike_grad), constants(spike_grad),
+        getattr(update, "__func__", None), getattr(update, "__self__", None) is module,
+        own["reset_delay"] if kind.delays else None, own["inhibition"], bool(own["state_quant"]),
+        *((id(t), t._version, t.requires_grad) for t in tensors.values()),
     )
-    alive = (options, beta, threshold, factor, spike_grad, reset_value)
-    return _plans.find(module, key, alive, lambda: _new_plan(module, options, x, [beta, threshold, factor]))
+    alive = (options, spike_grad, *tensors.values())
+    return _plans.find(module, key, alive, lambda: _new_plan(kind, module, options, x, tensors))
 
 
-def _new_plan(module: Any, options: Options, x: torch.Tensor,
-              tensors: list[torch.Tensor]) -> tuple[Plan | None, str | None]:
-    problem = _settings_problem(module, x, tensors)
-    return (None if problem else _make_plan(module, options, tensors)), problem
+def _new_plan(kind: Kind, module: Any, options: Options, x: Tensor,
+              tensors: dict[str, Tensor]) -> tuple[Plan | None, str | None]:
+    problem = _settings_problem(kind, module, x, tensors)
+    return (None if problem else _make_plan(kind, module, options, tensors)), problem
 
 
-def _settings_problem(module: Any, x: torch.Tensor, tensors: list[torch.Tensor]) -> str | None:
+def _settings_problem(kind: Kind, module: Any, x: Tensor, tensors: dict[str, Tensor]) -> str | None:
     if module.inhibition:
         return "inhibition is not supported"
     if module.state_quant:
@@ -140,61 +175,58 @@ def _settings_problem(module: Any, x: torch.Tensor, tensors: list[torch.Tensor])
     if surrogate_of(module.spike_grad) is None:
         name = getattr(module.spike_grad, "__qualname__", type(module.spike_grad).__name__)
         return f"the surrogate {name} has no known formula"
-    for name, original in _HOST_METHODS.items():
-        if getattr(snn.Leaky, name) is not original or name in module.__dict__:
-            return f"its method {name} was replaced"
-    function = module.__dict__["state_function"]
-    update: str = getattr(function, "__name__", "")
-    if getattr(function, "__self__", None) is not module or function.__func__ is not _HOST_METHODS.get(update):
-        return "its state_function was replaced"
-    if _late_reset(module) not in ("none", _RESETS[update]):
-        return "reset_mechanism was changed after construction: the state update and the late reset disagree"
-    for name, tensor in zip(("beta", "threshold", "graded_spikes_factor"), tensors, strict=True):
-        problem = tensor_problem(x, tensor)
+    problem = kind.replaced(module)
+    if problem is not None:
+        return problem
+    for name in kind.parameters:
+        problem = _parameter_problem(name, tensors[name], x)
+        if problem is None and name in kind.constants and tensors[name].requires_grad:
+            problem = f"{name} requires grad: {kind.constants[name]}"
         if problem is not None:
-            return f"{name}: {problem}"
-        try:
-            same = torch.broadcast_shapes(tensor.shape, x.shape) == x.shape
-        except RuntimeError:
-            same = False
-        if not same:
-            return f"{name} of shape {tuple(tensor.shape)} does not broadcast to the input of shape {tuple(x.shape)}"
-        if tensor.dim() and torch.promote_types(tensor.dtype, x.dtype) != x.dtype:
-            return f"{name} of dtype {tensor.dtype} would change the dtype {x.dtype} of the membrane"
+            return problem
     return None
 
 
-def _late_reset(module: Any) -> str:
-    """The correction after firing: it asks reset_mechanism_val at run time, the state update was chosen in __init__."""
-    return "none" if module.reset_delay else _RESET_VALUES[int(values_of(module.reset_mechanism_val))]
+def _parameter_problem(name: str, tensor: Tensor, x: Tensor) -> str | None:
+    problem = tensor_problem(x, tensor)
+    if problem is not None:
+        return f"{name}: {problem}"
+    try:
+        same = torch.broadcast_shapes(tensor.shape, x.shape) == x.shape
+    except RuntimeError:
+        same = False
+    if not same:
+        return f"{name} of shape {tuple(tensor.shape)} does not broadcast to the input of shape {tuple(x.shape)}"
+    if tensor.dim() and torch.promote_types(tensor.dtype, x.dtype) != x.dtype:
+        return f"{name} of dtype {tensor.dtype} would change the dtype {x.dtype} of the membrane"
+    return None
 
 
-def _make_plan(module: Any, options: Options, tensors: list[torch.Tensor]) -> Plan:
-    beta, threshold, factor = tensors
+def _make_plan(kind: Kind, module: Any, options: Options, tensors: dict[str, Tensor]) -> Plan:
     surrogate = surrogate_of(module.spike_grad)
     assert surrogate is not None
+    factor = tensors["graded_spikes_factor"]
     return Plan(
-        dynamics=leaky(_RESETS[module.state_function.__name__], _late_reset(module) != "none"),
+        dynamics=kind.dynamics(module),
         surrogate=surrogate.within(options.cutoff),
         options=options,
-        parameters=(beta, threshold, factor),
-        derive=lambda: (beta.clamp(0, 1), threshold, factor),
+        parameters=tuple(tensors[name] for name in kind.parameters),
+        derive=lambda: kind.derive(tensors),
         unit_spikes=not factor.requires_grad and bool((values_of(factor) == 1).all()),
         densities=densities_of(module),
         module=weakref.ref(module),
-        guard=_guard(module, tensors),
+        guard=_guard(kind, module, tensors),
     )
 
 
-def _guard(module: Any, tensors: list[torch.Tensor]) -> tuple[tuple[Any, ...], ...]:
+def _guard(kind: Kind, module: Any, tensors: dict[str, Tensor]) -> tuple[tuple[Any, ...], ...]:
     """What :func:`_plan_of` has in its key, but for options and input."""
     own = module.__dict__
-    names = ("beta", "threshold", "graded_spikes_factor", "reset_mechanism_val")
-    held = zip(names, [*tensors, module.reset_mechanism_val], strict=True)
+    attributes = ("spike_grad", "inhibition", "state_quant", *(("reset_delay",) if kind.delays else ()))
     closure = getattr(module.spike_grad, "__closure__", None) or ()
     return (
-        *(("parameter", name, tensor) for name, tensor in held),
-        *(("attribute", name, own.get(name)) for name in ("spike_grad", "reset_delay", "inhibition", "state_quant")),
+        *(("parameter", name, tensor) for name, tensor in tensors.items()),
+        *(("attribute", name, own.get(name)) for name in attributes),
         *(("cell", cell, cell.cell_contents) for cell in closure),
         ("method", "state_function", module.state_function.__func__),
     )
@@ -202,25 +234,33 @@ def _guard(module: Any, tensors: list[torch.Tensor]) -> tuple[tuple[Any, ...], .
 
 def _firing(plan: Plan) -> Plan:
     """Spikes as a function of the membrane alone: a neuron without a past, whose input it is."""
-    _, threshold, factor = plan.parameters
-    return replace(plan, dynamics=leaky("none", False), derive=lambda: (torch.zeros(()), threshold, factor),
-                   module=None)
+    names, derived = plan.dynamics.parameters, plan.derive
+    threshold, factor = names.index("threshold"), names.index("graded_spikes_factor")
+
+    def derive() -> tuple[Tensor, ...]:
+        values = derived()
+        return torch.zeros(()), values[threshold], values[factor]
+
+    return replace(plan, dynamics=leaky("none", False), derive=derive, module=None)
 
 
 # ---------------------------------------------------------------------------------------------------- switching
 
+_bystanders = Bystanders(LIBRARY, lambda name: getattr(snn, name, None), options_of)
 _models: weakref.WeakSet[Any] = weakref.WeakSet()  # layers of models that are enabled on their own
 
 
 def _refresh() -> None:
     """Installs the patch if the library or some model is enabled, else removes it."""
     wanted = LIBRARY in config.libraries or len(_models) > 0
-    snn.Leaky.forward = leaky_forward if wanted else host_forward
+    for kind, forward in _FORWARDS.items():
+        kind.forward = forward if wanted else KINDS[kind].host
+    _bystanders.watch(LIBRARY in config.libraries)
     synapses.switch(LIBRARY, wanted)
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if type(m) is snn.Leaky]
+    return [m for m in model.modules() if type(m) in KINDS]
 
 
 def _truncated_spikes(spike_grad: Any, cutoff: float, x: torch.Tensor) -> torch.Tensor:
@@ -241,4 +281,4 @@ def _truncated(model: nn.Module, cutoff: float) -> Iterator[None]:
             layer.spike_grad = spike_grad
 
 
-adapter = Adapter(LIBRARY, _refresh, _layers, _models, _truncated, lambda layer: True)
+adapter = Adapter(LIBRARY, _refresh, _layers, _models, _truncated, lambda layer: True, _bystanders)

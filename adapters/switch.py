@@ -11,6 +11,7 @@ from torch import nn
 
 from ..config import config
 from .adapter import OPTIONS, Adapter
+from .support import names
 
 _LIBRARIES = ("snntorch", "norse")
 
@@ -54,8 +55,8 @@ def enable(target: str | nn.Module, **options: Any) -> None:
     if isinstance(target, nn.Module):
         if not sum([adapter.adopt(target, chosen) for adapter in _installed()]):
             raise ValueError(
-                f"{type(target).__name__} has no spiking layer that can be enabled: expected at least one "
-                "snntorch.Leaky, or norse LIF, LIFCell, LI or LICell"
+                f"{type(target).__name__} has no spiking layer that can be enabled: expected at least one of "
+                + "; ".join(f"{library}: {', '.join(names(library))}" for library in _LIBRARIES)
             )
         return
     if not isinstance(target, str):

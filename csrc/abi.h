@@ -7,10 +7,10 @@
 #include <cstdint>
 
 enum SnnDtype : int32_t { kFloat32 = 0, kFloat64 = 1 };
-enum SnnModel : int32_t { kLeaky = 0, kLif = 1, kLi = 2 };
-enum SnnReset : int32_t { kSubtract = 0, kZero = 1, kNone = 2 };
+enum SnnModel : int32_t { kLeaky, kSynaptic, kLapicque, kAlpha, kLif, kLi, kLifBox, kLiBox, kIaf, kLsnn };
+enum SnnReset : int32_t { kSubtract, kZero, kNone, kValue };  // kValue: to a reset potential
 
-constexpr int kMaxStates = 2, kMaxParameters = 5;
+constexpr int kMaxStates = 3, kMaxTraces = 2, kMaxParameters = 7;
 constexpr int kTile = 64;  // columns of a tile: one raster word
 constexpr int kOutOfMemory = -2;  // what any kernel returns when it cannot allocate its working memory
 constexpr int kCudaError = -1000;  // a CUDA kernel returns kCudaError - cudaError_t when something failed
@@ -65,7 +65,7 @@ struct SnnNeuronForward {
   uint64_t* const* reset;                // [steps] -> [rows, words] who was reset in this step
   uint64_t* const* active;               // [steps] -> [rows, words] surrogate derivative not zero
   void* const* membrane;                 // [steps] -> [rows, cols] u at the threshold comparison
-  void* const* current;                  // [steps] -> [rows, cols] synaptic current at the comparison
+  void* const* traces[kMaxTraces];       // [steps] -> [rows, cols] what else the neuron struct traces
   // u of the active sites. CPU: in the order of the sites, step after step. CUDA: blocks of kSitesPerBlock sites in any
   // order, each from its offset on, behind the report.counts[0] values that are there already.
   void* values;
@@ -90,8 +90,8 @@ struct SnnNeuronBackward {
   const void* const* values;                  // [steps] -> as in the forward scan, where membrane is null
   const int64_t* const* offsets;              // CUDA: as in the forward scan
   const void* const* membrane;                // [steps] -> [rows, cols]
-  const void* const* current;
-  const void* state_in[kMaxStates];           // needed with parameter gradients
+  const void* const* traces[kMaxTraces];
+  const void* state_in[kMaxStates];           // needed where a step needs the states before it
   void* grad_input;                           // [steps, rows, cols] or null
   void* grad_state_in[kMaxStates];            // [rows, cols] or null
   void* grad_parameters[kMaxParameters];      // [rows, cols] sums over the steps, or null

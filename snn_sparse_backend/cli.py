@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     build.set_defaults(run=_build)
 
     info = commands.add_parser("info", help="versions, configuration, and the state of the core")
+    info.add_argument("--support", action="store_true", help="only the table of supported layers, as Markdown")
     info.set_defaults(run=_info)
     return parser
 
@@ -211,6 +212,11 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
+    if args.support:
+        from .adapters.support import markdown
+
+        print(markdown(), end="")
+        return 0
     import torch
     from rich.console import Console
     from rich.table import Table

@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+INPUT, SPIKE = "x", "spike"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A value of every site and step that the struct can record besides the membrane potential.
+
+    Args:
+        name: for the reader.
+        parameters: indices of the parameters whose gradient needs it.
+        always: backward needs it whatever the parameters.
+    """
+
+    name: str
+    parameters: tuple[int, ...] = ()
+    always: bool = False
 
 
 @dataclass(frozen=True)
@@ -14,93 +32,262 @@ class Dynamics:
         model: enumerator of ``SnnModel`` in ``csrc/abi.h``.
         states: names of the state variables that a step takes and returns, membrane potential first.
         parameters: names of the parameters, in the order of the struct.
+        firing: what the spike of a step is computed from as autograd sees it: the input ``INPUT``, states before the
+            step, parameters.
+        flows: the same of the output, and of each state after a step; these may depend on the spike as well, ``SPIKE``.
         spikes: whether it has a threshold comparison (an integrator returns its membrane instead).
         threshold: index of the firing threshold among the parameters.
         reset: enumerator of ``SnnReset``.
         late_reset: snnTorch's ``reset_delay=False``.
         attached_reset: whether the reset passes gradients on to the spike, so that the gradient at the spike of one
             step is carried inside the node, like that at its membrane.
+        fires_from_state: a step's spikes are computed from the very membrane it returns.
+        reset_is_recorded: the reset decision is taken from the membrane before the step (it is its own raster then).
         needs_membrane: parameters whose gradient needs the membrane potential of every site and step.
-        needs_current: parameters whose gradient needs the synaptic current as well.
+        traces: in the order of the struct.
+        constants: parameters that have no gradient.
     """
 
     name: str
     model: str
     states: tuple[str, ...]
     parameters: tuple[str, ...]
+    firing: frozenset[str]
+    flows: tuple[frozenset[str], ...]
     spikes: bool = True
     threshold: int = 1
     reset: str = "kSubtract"
     late_reset: bool = False
     attached_reset: bool = False
+    fires_from_state: bool = False
+    reset_is_recorded: bool = False
     needs_membrane: tuple[int, ...] = ()
-    needs_current: tuple[int, ...] = ()
+    traces: tuple[Trace, ...] = ()
+    constants: tuple[int, ...] = ()
 
-    @property
-    def fires_from_state(self) -> bool:
-        """Whether a step's spikes are computed from the very membrane it returns."""
-        return self.model == "kLeaky" and not self.late_reset
+    def _flows(self, differentiable: bool) -> list[frozenset[str]]:
+        """What output and states are computed from, spikes resolved; a spike may have no gradient at all."""
+        through = self.firing if differentiable else frozenset()
+        return [(flow - {SPIKE}) | through if SPIKE in flow else flow for flow in self.flows]
 
-    @property
-    def reset_is_recorded(self) -> bool:
-        """Whether the reset decision is taken from the membrane before the step (it is its own raster then)."""
-        return self.model == "kLeaky" and self.reset != "kNone"
-
-    def reached(self, last_output: int, last_states: list[int]) -> tuple[list[bool], list[bool]]:
-        """Which parameters and which initial states a gradient reaches at all; the others get None, not zeros.
+    def reached(self, last_output: int, last_states: Sequence[int],
+                differentiable: bool = True) -> tuple[list[bool], list[bool], int]:
+        """Which parameters and which initial states a gradient reaches at all, and of how many steps the input; the
+        others get None, not zeros.
 
         Args:
             last_output: last step (from 0) whose output received a gradient, -1 if none did.
             last_states: the same for each state.
+            differentiable: whether spikes pass gradients on.
         """
-        membrane = max(last_output, last_states[0])  # last step whose comparison matters
-        if self.model == "kLeaky":
-            through_reset = self.reset == "kSubtract" or self.late_reset
-            threshold = membrane >= 0 if through_reset else last_output >= 0
-            factor = membrane >= 0 if self.late_reset else last_output >= 0
-            return [membrane >= 0, threshold, factor], [membrane >= 0]
-        carried = max(last_states[0], membrane - 1) >= 0  # the membrane after some reset matters
-        synaptic = max(last_states[1], membrane - 1) >= 0
-        states = [membrane >= 0, membrane >= 0 or last_states[1] >= 0]
-        parameters = [membrane >= 0, synaptic, membrane >= 0]
-        return (parameters + [membrane >= 0, carried] if self.spikes else parameters), states
+        flows = self._flows(differentiable)
+        lasts = _brought_together([last_output, *last_states], len(self.states) + 1)
+        found: set[str] = set()
+        live: frozenset[str] = frozenset()
+        without = 0  # last steps whose input is not reached
+        for step in range(max(lasts), -1, -1):
+            named = zip(("", *self.states), lasts, flows, strict=True)
+            live = frozenset().union(*(flow for name, last, flow in named if last == step or name in live))
+            without += INPUT not in found | live
+            found |= live
+        steps = max(last_output, *last_states) + 1
+        return [name in found for name in self.parameters], [name in live for name in self.states], steps - without
+
+    def attached(self, given: Sequence[bool], steps: int = 1, differentiable: bool = True) -> list[bool]:
+        """Whether the output and each state require grad after some steps.
+
+        Args:
+            given: whether the input, each initial state and each parameter do.
+            steps: after how many steps; the output counts if it does after any of them.
+            differentiable: whether spikes pass gradients on.
+        """
+        flows = self._flows(differentiable)
+        requiring = {name for name, requires in zip((INPUT, *self.states, *self.parameters), given, strict=True)
+                     if requires}
+        constant = requiring - set(self.states)
+        output = False
+        for _ in range(min(steps, len(self.states) + 1)):
+            after = [bool(flow & requiring) for flow in flows]
+            output |= after[0]
+            requiring = constant | {name for name, requires in zip(self.states, after[1:], strict=True) if requires}
+        return [output, *after[1:]]
+
+
+def _brought_together(lasts: list[int], gap: int) -> list[int]:
+    """The same order of steps with at most ``gap`` between two of them: what reaches further, reaches everything."""
+    steps = sorted({last for last in lasts if last >= 0})
+    moved, before, now = {-1: -1}, -1, -1
+    for step in steps:
+        now += min(step - before, gap)
+        moved[step], before = now, step
+    return [moved[last] for last in lasts]
+
+
+def _flows(*flows: str) -> tuple[frozenset[str], ...]:
+    return tuple(_flow(flow) for flow in flows)
+
+
+def _flow(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
+# ---------------------------------------------------------------------------------------------------- snnTorch
+
+_FACTOR = "graded_spikes_factor"
+RESETS = {"subtract": "kSubtract", "zero": "kZero", "none": "kNone"}
+
+
+def _reset_options(reset: str, late_reset: bool) -> dict[str, object]:
+    """A late reset "to none" does nothing, so it is described as an ordinary one."""
+    late = late_reset and reset != "none"
+    return {"reset": RESETS[reset], "late_reset": late, "fires_from_state": not late,
+            "reset_is_recorded": reset != "none"}
+
+
+def _membrane_flow(reset: str, late_reset: bool) -> str:
+    """What the membrane that a step returns depends on because of its reset."""
+    late = late_reset and reset != "none"
+    return "threshold " * (reset == "subtract") + f"spike {_FACTOR}" * late
 
 
 def leaky(reset: str, late_reset: bool) -> Dynamics:
-    """snnTorch ``Leaky``. ``reset`` is ``"subtract"``, ``"zero"`` or ``"none"``.
-
-    A late reset "to none" does nothing, so it is described as an ordinary one.
-    """
-    late = late_reset and reset != "none"
+    """snnTorch ``Leaky``. ``reset`` is ``"subtract"``, ``"zero"`` or ``"none"``."""
     return Dynamics(
         name="Leaky",
         model="kLeaky",
         states=("mem",),
-        parameters=("beta", "threshold", "graded_spikes_factor"),
-        reset={"subtract": "kSubtract", "zero": "kZero", "none": "kNone"}[reset],
-        late_reset=late,
+        parameters=("beta", "threshold", _FACTOR),
+        firing=_flow("x mem beta threshold"),
+        flows=_flows(f"spike {_FACTOR}", f"x mem beta {_membrane_flow(reset, late_reset)}"),
         needs_membrane=(0,),
+        **_reset_options(reset, late_reset),  # type: ignore[arg-type]
     )
 
+
+def synaptic(reset: str, late_reset: bool) -> Dynamics:
+    """snnTorch ``Synaptic``."""
+    return Dynamics(
+        name="Synaptic",
+        model="kSynaptic",
+        states=("mem", "syn"),
+        parameters=("beta", "threshold", _FACTOR, "alpha"),
+        firing=_flow("x mem syn alpha beta threshold"),
+        flows=_flows(f"spike {_FACTOR}", f"x mem syn alpha beta {_membrane_flow(reset, late_reset)}", "x syn alpha"),
+        needs_membrane=(0,),
+        traces=(Trace("syn", (3,)),),
+        **_reset_options(reset, late_reset),  # type: ignore[arg-type]
+    )
+
+
+def lapicque(reset: str) -> Dynamics:
+    """snnTorch ``Lapicque``."""
+    return Dynamics(
+        name="Lapicque",
+        model="kLapicque",
+        states=("mem",),
+        parameters=("1 - time_step / (R * C)", "threshold", _FACTOR, "R", "1 / (R * C)", "time_step"),
+        firing=_flow("x mem threshold"),
+        flows=_flows(f"spike {_FACTOR}", f"x mem {_membrane_flow(reset, False)}"),
+        constants=(0, 3, 4, 5),
+        **_reset_options(reset, False),  # type: ignore[arg-type]
+    )
+
+
+def alpha(reset: str) -> Dynamics:
+    """snnTorch ``Alpha``."""
+    return Dynamics(
+        name="Alpha",
+        model="kAlpha",
+        states=("mem", "syn_exc", "syn_inh"),
+        parameters=("tau", "threshold", _FACTOR, "alpha", "beta"),
+        firing=_flow("x syn_exc syn_inh alpha beta tau threshold"),
+        flows=_flows(f"spike {_FACTOR}", "x syn_exc syn_inh alpha beta tau",
+                     f"x syn_exc alpha {_membrane_flow(reset, False)}", "x syn_inh beta"),
+        traces=(Trace("syn_exc", (0, 3)), Trace("syn_inh", (0, 4))),
+        **_reset_options(reset, False),  # type: ignore[arg-type]
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- Norse
 
 LIF = Dynamics(
     name="LIF",
     model="kLif",
     states=("v", "i"),
-    parameters=("dt * tau_mem_inv", "-dt * tau_syn_inv", "v_leak", "v_th", "v_reset"),
+    parameters=("tau_mem", "tau_syn", "v_leak", "v_th", "v_reset"),
+    firing=_flow("x v i tau_mem v_leak v_th"),
+    flows=_flows("spike", "spike x v i tau_mem v_leak v_reset", "x i tau_syn"),
     threshold=3,
     attached_reset=True,
     needs_membrane=(0,),
-    needs_current=(0, 1),
+    traces=(Trace("i before its decay", (0, 1)),),
 )
 
 LI = Dynamics(
     name="LI",
     model="kLi",
     states=("v", "i"),
-    parameters=("dt * tau_mem_inv", "-dt * tau_syn_inv", "v_leak"),
+    parameters=("tau_mem", "tau_syn", "v_leak"),
+    firing=frozenset(),
+    flows=_flows("x v i tau_mem v_leak", "x v i tau_mem v_leak", "x i tau_syn"),
     spikes=False,
     threshold=-1,
     needs_membrane=(0,),
-    needs_current=(0, 1),
+    traces=(Trace("i before its decay", (0, 1)),),
+)
+
+
+def lif_box(reset: str) -> Dynamics:
+    """Norse ``LIFBoxCell``. ``reset`` is ``"value"`` or ``"subtract"``."""
+    to_value = reset == "value"
+    return Dynamics(
+        name="LIFBox",
+        model="kLifBox",
+        states=("v",),
+        parameters=("tau_mem", "v_leak", "v_th", "v_reset"),
+        firing=_flow("x v tau_mem v_leak v_th"),
+        flows=_flows("spike", "spike x v tau_mem v_leak " + ("v_reset" if to_value else "v_th")),
+        threshold=2,
+        reset="kValue" if to_value else "kSubtract",
+        attached_reset=True,
+        needs_membrane=(0,),
+        traces=(Trace("x", (0,)),),
+    )
+
+
+LI_BOX = Dynamics(
+    name="LIBox",
+    model="kLiBox",
+    states=("v",),
+    parameters=("tau_mem", "v_leak"),
+    firing=frozenset(),
+    flows=_flows("x v tau_mem v_leak", "x v tau_mem v_leak"),
+    spikes=False,
+    threshold=-1,
+    needs_membrane=(0,),
+    traces=(Trace("x", (0,)),),
+)
+
+IAF = Dynamics(
+    name="IAF",
+    model="kIaf",
+    states=("v",),
+    parameters=("v_th", "v_reset"),
+    firing=_flow("x v v_th"),
+    flows=_flows("spike", "spike x v v_reset"),
+    threshold=0,
+    attached_reset=True,
+)
+
+LSNN = Dynamics(
+    name="LSNN",
+    model="kLsnn",
+    states=("v", "i", "b"),
+    parameters=("tau_mem", "tau_syn", "v_leak", "tau_adapt", "v_th", "v_reset", "beta"),
+    firing=_flow("v i b tau_mem v_leak tau_adapt v_th"),
+    flows=_flows("spike", "spike v i tau_mem v_leak v_reset", "x i tau_syn", "spike b tau_adapt v_th beta"),
+    threshold=4,
+    attached_reset=True,
+    needs_membrane=(0,),
+    traces=(Trace("b after its decay", always=True), Trace("i before its decay", (0, 1))),
 )

@@ -12,7 +12,7 @@ import torch
 from .build import load_node
 from .raster import Raster
 from .recorder import Block
-from .scans import ForwardScan
+from .scans import TRACES, ForwardScan
 
 # The fused computation goes on from a state; from an end it will, once a step follows.
 ROLES = {"plain": 0, "state": 1, "end": 2}
@@ -135,7 +135,7 @@ class NeuronRun:
         self.sources = integers(taken["sources"]).tolist() if taken["fed"] else None
         self.values = [(storage, integers(places).tolist()) for storage, places in taken["values"]]
         self.raster, self.active, self.reset = taken["rasters"], taken["actives"], taken["resets"]
-        self.membrane, self.current = taken["membranes"], taken["currents"]
+        self.membrane, self.traces = taken["membranes"], taken["traces"]
 
     def active_rasters(self) -> list[Raster] | None:
         """The active sites of all steps; None if they were not recorded."""
@@ -165,7 +165,8 @@ class NeuronRun:
 
         return Block(1, self._shape, raster("raster", self.raster, self._spike_counts[index]),
                      raster("active", self.active, self.active_counts[index]),
-                     membrane=dense("membrane", self.membrane), current=dense("current", self.current),
+                     membrane=dense("membrane", self.membrane),
+                     traces=tuple(dense(name, kept) for name, kept in zip(TRACES, self.traces, strict=False)),
                      reset=raster("reset", self.reset, None))
 
 

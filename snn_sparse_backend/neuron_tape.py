@@ -81,8 +81,10 @@ class NeuronTape(Tape):
     def commit(self, result: Result, x: torch.Tensor, states: Sequence[torch.Tensor]) -> bool:
         """Makes the result part of the graph; False if the order of the graph forbids it (nothing changed then)."""
         node, plan, index = load_node(), self.plan, len(self._blocks)
-        attached = [True, *(s.requires_grad or x.requires_grad or self.parameters[1].requires_grad
-                            for s in states[1:])]
+        given = [x, *states, *self.parameters]
+        attached = plan.dynamics.attached([t.requires_grad for t in given], result.block.steps,
+                                          differentiable=plan.surrogate.differentiable)[1:]
+        attached[0] = True
         finals = [(1 + i, s) for i, s in enumerate(result.finals) if attached[i]]
         plain = [(0, result.output)] if plan.differentiable_output else []
         states_inside: list[tuple[int, torch.Tensor]] = []  # their gradient is always only a part
@@ -147,7 +149,7 @@ class NeuronTape(Tape):
             "kernel": address_of("neuron_forward"), "arguments": ctypes.addressof(store.scan.arguments),
             "shape": layer.shape, "double": layer.dtype is torch.float64, "states": len(dynamics.states),
             "spikes": dynamics.spikes, "late_reset": dynamics.late_reset, "keep_active": recorder.keep_active,
-            "keep_membrane": recorder.keep_membrane, "keep_current": recorder.keep_current,
+            "keep_membrane": recorder.keep_membrane, "keep_traces": recorder.keep_traces,
             "unit_spikes": plan.unit_spikes, "outputs": [4 * kind + ROLES[role] for kind, role in self.roles],
             "input_attached": x.requires_grad, "dense": store.dense, "next_block": len(self.blocks),
             "fed": x if source is not None and (source.has_lane or isinstance(source, FeedTape)) else None,
@@ -199,9 +201,8 @@ class NeuronTape(Tape):
         steps = incoming.steps
         if not steps:
             return result
-        reached_parameters, reached_states = dynamics.reached(incoming.last_output, incoming.last_states)
-        if self.plan.surrogate.kind == "ZeroDerivative" and dynamics.spikes:
-            reached_parameters[dynamics.threshold] = False
+        reached_parameters, reached_states, inputs = dynamics.reached(incoming.last_output, incoming.last_states,
+                                                                      self.plan.surrogate.differentiable)
         rows = layer.rows
         reached = bisect_left(self.recorded.firsts, steps)  # blocks
         grad_input = None
@@ -225,15 +226,19 @@ class NeuronTape(Tape):
                 parameter = self.parameters[i - len(dynamics.states)]
                 result[i] = grad.sum_to_size(parameter.shape).to(parameter.device)
         if grad_input is not None:
+            reached = bisect_left(self.recorded.firsts, inputs)
             self._return_inputs(grad_input, reached, needs[first_input:], result, first_input, incoming.task)
         return result
 
     def _return_inputs(self, grad: torch.Tensor, reached: int, needs: Sequence[bool],
                        result: list[torch.Tensor | None], first_input: int, task: int) -> None:
         """Hands the gradients of the inputs to the synapse that made them all, or else to autograd."""
+        if not reached:
+            return
         synapse = self.feeder.tape()
         if synapse is not None and all(needs[:reached]) and not synapse.observed():
-            synapse.deliver(Delivery(task, self.feeder.indices[:reached], dense=grad))
+            rows = (self.recorded.firsts[reached - 1] + self.recorded.steps_of(reached - 1)) * self.layer.rows
+            synapse.deliver(Delivery(task, self.feeder.indices[:reached], dense=grad[:rows]))
             return
         first, rows = 0, self.layer.rows
         for i in range(reached):

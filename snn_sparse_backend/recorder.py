@@ -18,7 +18,7 @@ from .kernels import nonzero, pack
 from .native import event_parallel
 from .raster import WORD, Raster, RasterArena
 from .reports import Densities
-from .scans import ForwardScan, Layer, filled
+from .scans import TRACES, ForwardScan, Layer, filled
 from .stores import store_for
 from .surrogate import Surrogate
 
@@ -75,7 +75,7 @@ class Block:
     offsets: Raster | None = None  # CUDA: words, not bits [T, blocks]: where the values of each block of sites begin
     active_counts: Sequence[int] = ()  # CPU: per step
     membrane: torch.Tensor | None = None
-    current: torch.Tensor | None = None
+    traces: tuple[torch.Tensor | None, ...] = ()
     reset: Raster | None = None
     source: tuple[weakref.ref[SynapseTape], int] | None = None  # the synapse step that made the input
 
@@ -120,11 +120,11 @@ class Recorder:
     def __init__(self, plan: Plan, layer: Layer, learned: set[int]) -> None:
         self.dynamics, self.layer = plan.dynamics, layer
         self.store = store_for(layer, plan.densities)
-        differentiable = plan.dynamics.spikes and plan.surrogate.kind != "ZeroDerivative"
+        differentiable = plan.dynamics.spikes and plan.surrogate.differentiable
         self.keep_active = differentiable and plan.surrogate.bounded
         learns = bool(learned & set(plan.dynamics.needs_membrane))
         self.keep_membrane = learns or (differentiable and not self.keep_active)
-        self.keep_current = bool(learned & set(plan.dynamics.needs_current))
+        self.keep_traces = [trace.always or bool(learned & set(trace.parameters)) for trace in plan.dynamics.traces]
         # A lane takes over after the first step, with memory of its own.
         first_steps = 1 if plan.lane_serves(layer.device) else RasterArena.FIRST_STEPS
         self._rasters, self._active, self._resets = (
@@ -164,17 +164,17 @@ class Recorder:
             block.membrane = new()
         elif block.active is not None and self._offsets is not None:
             block.offsets, offsets = self._offsets.take(count)
-        if self.keep_current:
-            block.current = new()
+        block.traces = tuple(new() if keep else None for keep in self.keep_traces)
         # In the order of ForwardScan.TABLES.
         starts = [_start(data), output.data_ptr() if output is not finals[0] else 0, raster, reset, active,
-                  _start(block.membrane), _start(block.current), offsets]
+                  _start(block.membrane), offsets,
+                  *[_start(trace) for trace in block.traces], *[0] * (len(TRACES) - len(block.traces))]
         starts += [s.data_ptr() for s in recorded] if record else [0] * len(finals)
         if count == 1:
             pointers = starts
         else:
             dense, bits = layer.sites * layer.dtype.itemsize, self._rasters.stride
-            strides = [dense, dense, bits, bits, bits, dense, dense, 8 * layer.blocks, *[dense] * len(finals)]
+            strides = [dense, dense, bits, bits, bits, dense, 8 * layer.blocks, *[dense] * (len(TRACES) + len(finals))]
             pointers = [start + i * stride if start else 0
                         for start, stride in zip(starts, strides, strict=True) for i in range(count)]
         if first and dynamics.reset_is_recorded and not dynamics.late_reset:

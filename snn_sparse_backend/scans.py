@@ -17,6 +17,8 @@ from .surrogate import Surrogate
 
 TILE = CONSTANTS["kTile"]
 SITES_PER_BLOCK = CONSTANTS["kSitesPerBlock"]
+# The tables of traces, by their names here and their places in the structs.
+TRACES = tuple(f"trace {i}" for i in range(CONSTANTS["kMaxTraces"]))
 
 
 Table = array  # of addresses, one a step, 0 where there is nothing; keep it alive as long as a struct refers to it
@@ -41,6 +43,13 @@ def step_pointers(tensor: torch.Tensor | None, steps: int) -> Sequence[int]:
 def filled(scalar: torch.Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A scalar of the CPU on another device. It is filled in, because copying it would wait for the device."""
     return torch.full(shape, scalar.item(), dtype=dtype, device=device)
+
+
+def _set_table(struct: Any, name: str, address: int | None) -> None:
+    if name in TRACES:
+        struct.traces[TRACES.index(name)] = address
+    else:
+        setattr(struct, name, address)
 
 
 def _address(table: Table[int] | None) -> int | None:
@@ -111,7 +120,7 @@ class Layer:
 class ForwardScan:
     """The forward scan of a layer; its argument struct is filled once and reused step after step."""
 
-    TABLES = ("input", "output", "raster", "reset", "active", "membrane", "current", "offsets")
+    TABLES = ("input", "output", "raster", "reset", "active", "membrane", "offsets", *TRACES)
 
     def __init__(self, layer: Layer) -> None:
         self._layer = layer  # owns the parameters that the struct points to
@@ -138,7 +147,7 @@ class ForwardScan:
         a, steps, size = self.arguments, self.steps, ctypes.sizeof(ctypes.c_void_p)
         begin = ctypes.addressof(self.pointers) + first * size
         for k, name in enumerate(self.TABLES):
-            setattr(a, name, begin + k * steps * size)
+            _set_table(a, name, begin + k * steps * size)
         for i in range(self._states):
             a.states[i] = begin + (len(self.TABLES) + i) * steps * size
         a.steps = end - first
@@ -187,7 +196,7 @@ def neuron_backward(layer: Layer, steps: int, *, grad_input: torch.Tensor | None
                     grad_states: Sequence[Any], state_in: Sequence[torch.Tensor | None], **tables: Any) -> None:
     """The backward scan: fills ``grad_input``, ``grad_state_in``, and adds to ``grad_parameters`` (zeroed before).
 
-    ``tables`` are pointer tables (or None) named as in ``SnnNeuronBackward``.
+    ``tables`` are pointer tables (or None) named as in ``SnnNeuronBackward``, traces as in ``TRACES``.
     """
     a = STRUCTS["SnnNeuronBackward"](layer=layer.struct, steps=steps)
     if event_parallel(layer.device) and steps > CONSTANTS["kStepsPerLaunch"]:
@@ -195,7 +204,7 @@ def neuron_backward(layer: Layer, steps: int, *, grad_input: torch.Tensor | None
         for i, scratch in enumerate(carry):
             a.carry[i] = scratch.data_ptr()
     for name, table in tables.items():
-        setattr(a, name, _address(table))
+        _set_table(a, name, _address(table))
     for i, table in enumerate(grad_states):
         a.grad_states[i] = _address(table)
     for slots, tensors in ((a.state_in, state_in), (a.grad_state_in, grad_state_in),

@@ -23,6 +23,11 @@ class Surrogate:
     high: float = math.inf
 
     @property
+    def differentiable(self) -> bool:
+        """Whether spikes pass gradients on at all."""
+        return self.kind != "ZeroDerivative"
+
+    @property
     def bounded(self) -> bool:
         """Whether the derivative vanishes far from threshold on both sides, so that few sites are active."""
         return math.isfinite(self.low) and math.isfinite(self.high)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import norse.torch as stock
 import torch
 from hypothesis import strategies as st
+from norse.torch.functional.reset import reset_subtract
 from norse_oracle import assert_gradients, assert_identical, clean_slate, threshold_cut_at
 from snn_sparse_backend.adapters import norse as swapped
 from torch import Tensor
@@ -20,9 +21,41 @@ from torch import Tensor
 import snn_sparse_backend as sparse
 
 METHODS = ("super", "triangle", "tanh", "circ", "heavi_erfc", "heaviside")
-LIF_NAMES = ("tau_syn_inv", "tau_mem_inv", "v_leak", "v_th", "v_reset")
-LI_NAMES = LIF_NAMES[:3]
-RANGES = {"tau_syn_inv": (20.0, 400.0), "tau_mem_inv": (50.0, 500.0), "v_leak": (-0.3, 0.3), "v_th": (0.2, 0.9),
+@dataclass(frozen=True)
+class Model:
+    """A class of Norse: names of its parameters and states, of the tuples they are in; and what reaches the output and
+    the membrane within one step, besides the membrane itself.
+    """
+
+    parameters: tuple[str, ...]
+    states: str
+    parameters_class: str
+    state_class: str
+    at_once: tuple[str, ...]
+    scalars: tuple[str, ...] = ()  # must be 0-d, or Norse has no default state
+
+    @property
+    def spiking(self) -> bool:
+        return "v_th" in self.parameters
+
+
+_LIF = ("tau_syn_inv", "tau_mem_inv", "v_leak", "v_th", "v_reset")
+_BOX = _LIF[1:]
+_LSNN = ("tau_syn_inv", "tau_mem_inv", "tau_adapt_inv", "v_leak", "v_th", "v_reset", "beta")
+MODELS = {
+    "LIF": Model(_LIF, "vi", "LIFParameters", "LIFFeedForwardState", ("x", *_BOX[:3]), ("v_leak",)),
+    "LIFCell": Model(_LIF, "vi", "LIFParameters", "LIFFeedForwardState", ("x", *_BOX[:3])),
+    "LI": Model(_LIF[:3], "vi", "LIParameters", "LIState", ("x", "tau_mem_inv", "v_leak"), ("v_leak",)),
+    "LICell": Model(_LIF[:3], "vi", "LIParameters", "LIState", ("x", "tau_mem_inv", "v_leak")),
+    "LIFBoxCell": Model(_BOX, "v", "LIFBoxParameters", "LIFBoxFeedForwardState", ("x", *_BOX[:3])),
+    "LIBoxCell": Model(_BOX[:2], "v", "LIBoxParameters", "LIBoxState", ("x", *_BOX[:2])),
+    "IAF": Model(_LIF[3:], "v", "IAFParameters", "IAFFeedForwardState", ("x", "v_th")),
+    "IAFCell": Model(_LIF[3:], "v", "IAFParameters", "IAFFeedForwardState", ("x", "v_th")),
+    "LSNN": Model(_LSNN, "vib", "LSNNParameters", "LSNNFeedForwardState", _LSNN[1:5], ("v_leak", "v_th")),
+    "LSNNCell": Model(_LSNN, "vib", "LSNNParameters", "LSNNFeedForwardState", _LSNN[1:5], ("v_leak",)),
+}
+RANGES = {"tau_adapt_inv": (1.0, 100.0), "beta": (0.1, 1.0),
+          "tau_syn_inv": (20.0, 400.0), "tau_mem_inv": (50.0, 500.0), "v_leak": (-0.3, 0.3), "v_th": (0.2, 0.9),
           "v_reset": (-0.3, 0.2)}
 
 
@@ -42,12 +75,13 @@ class Case:
     """One layer and how it is used.
 
     Args:
-        spiking, sequence: which of the four classes.
+        name: which class.
         steps, shape: ``[T, B, ...]`` is the input.
         double: float64 or float32.
         method, alpha, dt: as in Norse.
         parameters: one for each parameter.
-        states: v and i before the first step, None for the default.
+        states: those before the first step, None for the default.
+        by_subtraction: ``reset_method``, where there is one.
         record: ``record_states``.
         kept: what enters the loss: ``"all"``, ``"last"``, ``"some"`` or ``"none"`` of the steps, for output, v and i.
         between: what happens to the state between the two calls of a sequence layer or two steps of a cell.
@@ -56,8 +90,7 @@ class Case:
         cutoff: option.
     """
 
-    spiking: bool
-    sequence: bool
+    name: str
     steps: int
     shape: tuple[int, ...]
     double: bool
@@ -65,7 +98,8 @@ class Case:
     alpha: float
     dt: float
     parameters: tuple[Value, ...]
-    states: tuple[Value, Value] | None
+    states: tuple[Value, ...] | None
+    by_subtraction: bool
     record: bool
     kept: tuple[str, str, str]
     between: str
@@ -75,8 +109,12 @@ class Case:
     seed: int
 
     @property
-    def name(self) -> str:
-        return ("LIF" if self.spiking else "LI") + ("" if self.sequence else "Cell")
+    def model(self) -> Model:
+        return MODELS[self.name]
+
+    @property
+    def sequence(self) -> bool:
+        return not self.name.endswith("Cell")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,32 +134,36 @@ STEPS_KEPT = ("all", "all", "last", "some", "none")
 
 
 @st.composite
-def cases(draw: Callable[..., Any], spiking: bool, sequence: bool) -> Case:
+def cases(draw: Callable[..., Any], name: str) -> Case:
     """Everything a layer can be, but for what Norse itself refuses: a default state with ``v_leak`` per neuron."""
+    model, sequence = MODELS[name], not name.endswith("Cell")
     scalar = st.builds(Value, st.just("0-d"), st.booleans())
     value = st.builds(Value, st.sampled_from(FORMS), st.booleans())
-    names = LIF_NAMES if spiking else LI_NAMES
     simple = draw(st.booleans())
-    parameters = tuple(draw(scalar if simple else value) for _ in names)
-    needs_states = sequence and parameters[2].form != "0-d"  # Norse has no default state then
-    states = draw(st.tuples(value, value) if needs_states else st.none() | st.tuples(value, value))
+    parameters = tuple(draw(scalar if simple else value) for _ in model.parameters)
+    forms = {name: parameter.form for name, parameter in zip(model.parameters, parameters, strict=True)}
+    needs_states = any(forms[scalar] != "0-d" for scalar in model.scalars)
+    given = st.tuples(*[value for _ in model.states])
+    states = draw(given if needs_states else st.none() | given)
+    if states is not None and name.startswith("LSNN"):  # whose first output has the shape of the states
+        states = (replace(states[0], form="full"), *states[1:])
     return Case(
-        spiking=spiking,
-        sequence=sequence,
+        name=name,
         steps=draw(st.integers(1, 6)),
         shape=draw(st.sampled_from(SHAPES)),
         double=draw(st.sampled_from((True, True, False))),
-        method=draw(st.sampled_from(METHODS)) if spiking else "super",
+        method=draw(st.sampled_from(METHODS)) if model.spiking else "super",
         alpha=draw(st.sampled_from((0.3, 1.0, 4.0, 20.0, 100.0))),
         dt=draw(st.sampled_from((0.001, 0.002))),
         parameters=parameters,
         states=states,
-        record=sequence and draw(st.booleans()),
+        by_subtraction=draw(st.booleans()),
+        record=sequence and name != "IAF" and draw(st.booleans()),
         kept=tuple(draw(st.sampled_from(STEPS_KEPT)) for _ in range(3)),
         between=draw(st.sampled_from(BETWEEN[: -1 if needs_states else None])),
         input_grad=draw(st.booleans()),
         permuted=draw(st.booleans()),
-        cutoff=draw(st.sampled_from((None, None, 0.2, 0.7))) if spiking else None,
+        cutoff=draw(st.sampled_from((None, None, 0.2, 0.7))) if model.spiking else None,
         seed=draw(st.integers(0, 10**6)),
     )
 
@@ -156,21 +198,21 @@ def run(case: Case, library: Any) -> Run:
 
     def new_states(prefix: str) -> Any:
         assert case.states is not None
-        kind = stock.LIFFeedForwardState if case.spiking else stock.LIState
+        kind = getattr(stock, model.state_class)
         return kind(*(leaf(f"{prefix} {n}", uniform(shape_of(s.form, case.shape), -0.5, 0.9), s.learnable)
-                      for n, s in zip("vi", case.states, strict=True)))
+                      for n, s in zip(model.states, case.states, strict=True)))
 
-    names = LIF_NAMES if case.spiking else LI_NAMES
-    values = {}
-    for name, form in zip(names, case.parameters, strict=True):
+    model, values = case.model, {}
+    for name, form in zip(model.parameters, case.parameters, strict=True):
         drawn = uniform(shape_of(form.form, case.shape), *RANGES[name])
         if name == "v_leak":
             drawn = torch.round(drawn * 64) / 64  # the default v is float32 even if v_leak is not: keep that exact
         values[name] = leaf(name, drawn, form.learnable)
-    if case.spiking:
-        p = stock.LIFParameters(**values, method=case.method, alpha=torch.tensor(case.alpha, dtype=case.dtype))
-    else:
-        p = stock.LIParameters(**values)
+    if model.spiking:
+        values |= {"method": case.method, "alpha": torch.tensor(case.alpha, dtype=case.dtype)}
+    if case.name == "LIFBoxCell" and case.by_subtraction:
+        values["reset_method"] = reset_subtract
+    p = getattr(stock, model.parameters_class)(**values)
     layer = getattr(library, case.name)(p, dt=case.dt, **({"record_states": True} if case.record else {}))
     terms: list[Tensor] = []
 
@@ -193,7 +235,7 @@ def run(case: Case, library: Any) -> Run:
         if case.between == "edit":
             return state._replace(v=state.v * 0.5 + 0.1)
         if case.between == "edit in place":
-            state.i.mul_(0.5)
+            getattr(state, "i", state.v).mul_(0.5)
         if case.between == "replace" and case.states is not None:
             return new_states(f"replaced {index}")
         return None if case.between == "default" else state
@@ -207,11 +249,11 @@ def run(case: Case, library: Any) -> Run:
             state = between(state, call)
         output, state = layer(x.transpose(0, -1) if case.permuted else x, state)
         result.seen += [output, state]
-        if not case.spiking and not case.sequence:
+        if not model.spiking and not case.sequence:
             assert output is state.v
         keep(0, output, None if case.sequence else call)
-        keep(1, state.v, None if case.record else case.steps - 1 if case.sequence else call)
-        keep(2, state.i, None if case.record else case.steps - 1 if case.sequence else call)
+        for name, value in zip(model.states, state, strict=True):
+            keep(1 + (name != "v"), value, None if case.record else case.steps - 1 if case.sequence else call)
     if terms and any(t.requires_grad for t in terms):
         result.loss = torch.stack(terms).sum()
     return result
@@ -225,8 +267,10 @@ def differentiate(result: Run) -> None:
 
 def always_differentiable(case: Case) -> bool:
     """Whether the outputs of every step require grad, so that every step must be fused."""
-    _, tau_mem_inv, v_leak, *spiking = (p.learnable for p in case.parameters)
-    return case.input_grad or tau_mem_inv or v_leak or (case.method != "heaviside" and any(spiking[:1]))
+    learnable = {name for name, p in zip(case.model.parameters, case.parameters, strict=True) if p.learnable}
+    learnable |= {"x"} if case.input_grad else set()
+    learnable -= {"v_th", "tau_adapt_inv"} if case.method == "heaviside" else set()
+    return bool(learnable & set(case.model.at_once))
 
 
 def assert_same(case: Case) -> None:
@@ -246,5 +290,5 @@ def assert_same(case: Case) -> None:
     assert (expected.loss is None) == (found.loss is None)
     names = [n for n, t in expected.leaves.items() if t.requires_grad]
     # The default v is float32, and so is Norse's v_leak - v in the first step, whatever the dtype of the input.
-    rounded = "v_leak" if case.sequence and (case.states is None or case.between == "default") else None
-    assert_gradients(expected.gradients, found.gradients, names, rounded)
+    rounded = "v_leak" if case.name in ("LIF", "LI") and (case.states is None or case.between == "default") else None
+    assert_gradients(expected.gradients, found.gradients, names, rounded, expected.seen)

@@ -125,12 +125,16 @@ class Spike(torch.autograd.Function):
 
 @dataclass
 class Step:
-    """One time step; without a threshold comparison ``spike`` is None."""
+    """One time step; without a threshold comparison ``spike`` is None.
+
+    ``distance`` is that of u from the threshold, ``traces`` what backward may want besides.
+    """
 
     output: torch.Tensor
     states: list[torch.Tensor]
     u: torch.Tensor
-    current: torch.Tensor
+    traces: list[torch.Tensor]
+    distance: torch.Tensor | None = None
     spike: torch.Tensor | None = None
     reset: torch.Tensor | None = None
 
@@ -144,13 +148,52 @@ def leaky(model: Dynamics, surrogate: Surrogate, p: Tensors, x: torch.Tensor, st
     v = beta * u + x
     if model.reset == "kSubtract":
         v = v - reset * threshold
-    spike = Spike.apply(v - threshold, surrogate)
+    return fire(model, surrogate, v, reset, threshold, gamma, [], [])
+
+
+def fire(model: Dynamics, surrogate: Surrogate, v: torch.Tensor, reset: torch.Tensor, threshold: torch.Tensor,
+         gamma: torch.Tensor, others: list[torch.Tensor], traces: list[torch.Tensor]) -> Step:
+    """snnTorch's ``fire``, and the late reset; ``others`` are the states behind the membrane."""
+    x = v - threshold
+    spike = Spike.apply(x, surrogate)
     output = spike * gamma
     after = v
     if model.late_reset:
         d = output / gamma - reset
         after = v - d * (threshold if model.reset == "kSubtract" else v)
-    return Step(output, [after], v, torch.zeros_like(v), spike, reset)
+    return Step(output, [after, *others], v, traces, x, spike, reset)
+
+
+def synaptic(model: Dynamics, surrogate: Surrogate, p: Tensors, x: torch.Tensor, states: Tensors) -> Step:
+    """snnTorch ``Synaptic``, see SNNTORCH.md 2.4."""
+    (u, i), (beta, threshold, gamma, alpha) = states, p
+    reset = (u - threshold > 0).to(u.dtype).detach()
+    i = alpha * i + x
+    v = beta * u + i
+    v = v - {"kSubtract": reset * threshold, "kZero": v * reset, "kNone": 0}[model.reset]
+    return fire(model, surrogate, v, reset, threshold, gamma, [i], [i])
+
+
+def lapicque(model: Dynamics, surrogate: Surrogate, p: Tensors, x: torch.Tensor, states: Tensors) -> Step:
+    """snnTorch ``Lapicque``, see SNNTORCH.md 2.3."""
+    (u,), (decay, threshold, gamma, resistance, inverse, dt) = states, p
+    reset = (u - threshold > 0).to(u.dtype).detach()
+    v = x * resistance * inverse * dt + decay * u
+    v = v - {"kSubtract": reset * threshold, "kZero": reset * v, "kNone": 0}[model.reset]
+    return fire(model, surrogate, v, reset, threshold, gamma, [], [])
+
+
+def alpha(model: Dynamics, surrogate: Surrogate, p: Tensors, x: torch.Tensor, states: Tensors) -> Step:
+    """snnTorch ``Alpha``, see SNNTORCH.md 2.6."""
+    (u, old_exc, old_inh), (tau, threshold, gamma, a, b) = states, p
+    reset = (u - threshold > 0).to(u.dtype).detach()
+    exc, inh = a * old_exc + x, b * old_inh - x
+    v = tau * (exc + inh)
+    if model.reset == "kZero":
+        exc, inh, v = exc - exc * reset, inh - inh * reset, v - v * reset
+    elif model.reset == "kSubtract":
+        exc, inh, v = exc - threshold * reset, inh - inh * reset, v - -old_inh * reset
+    return fire(model, surrogate, v, reset, threshold, gamma, [exc, inh], [exc, inh])
 
 
 def lif(model: Dynamics, surrogate: Surrogate, p: Tensors, x: torch.Tensor, states: Tensors) -> Step:
@@ -159,17 +202,50 @@ def lif(model: Dynamics, surrogate: Surrogate, p: Tensors, x: torch.Tensor, stat
     c = i + x
     u = v + mem * ((leak - v) + c)
     z = Spike.apply(u - threshold, surrogate)
-    return Step(z, [(1 - z) * u + z * reset, c + syn * c], u, c, z, torch.zeros_like(z))
+    return Step(z, [(1 - z) * u + z * reset, c + syn * c], u, [c], u - threshold, z, torch.zeros_like(z))
 
 
 def li(model: Dynamics, surrogate: Surrogate, p: Tensors, x: torch.Tensor, states: Tensors) -> Step:
     (v, i), (mem, syn, leak) = states, p
     c = i + x
     v = v + mem * ((leak - v) + c)
-    return Step(v, [v, c + syn * c], v, c)
+    return Step(v, [v, c + syn * c], v, [c])
 
 
-STEPS = {"kLeaky": leaky, "kLif": lif, "kLi": li}
+def lif_box(model: Dynamics, surrogate: Surrogate, p: Tensors, x: torch.Tensor, states: Tensors) -> Step:
+    """Norse ``LIFBoxCell``, see NORSE.md 1.5."""
+    (v,), (mem, leak, threshold, reset) = states, p
+    u = v + mem * (x + leak - v)
+    z = Spike.apply(u - threshold, surrogate)
+    after = (1 - z) * u + z * (reset if model.reset == "kValue" else u - threshold)
+    return Step(z, [after], u, [x], u - threshold, z, torch.zeros_like(z))
+
+
+def li_box(model: Dynamics, surrogate: Surrogate, p: Tensors, x: torch.Tensor, states: Tensors) -> Step:
+    (v,), (mem, leak) = states, p
+    v = v + mem * ((leak - v) + x)
+    return Step(v, [v], v, [x])
+
+
+def iaf(model: Dynamics, surrogate: Surrogate, p: Tensors, x: torch.Tensor, states: Tensors) -> Step:
+    (v,), (threshold, reset) = states, p
+    u = v + x
+    z = Spike.apply(u - threshold, surrogate)
+    return Step(z, [(1 - z) * u + z * reset], u, [], u - threshold, z, torch.zeros_like(z))
+
+
+def lsnn(model: Dynamics, surrogate: Surrogate, p: Tensors, x: torch.Tensor, states: Tensors) -> Step:
+    """Norse ``LSNN``, see NORSE.md 1.5; the membrane is driven by the old current."""
+    (v, i, b), (mem, syn, leak, adapt, threshold, reset, beta) = states, p
+    u = v + mem * ((leak - v) + i)
+    decayed = b + adapt * (threshold - b)
+    z = Spike.apply(u - decayed, surrogate)
+    after = [(1 - z) * u + z * reset, i + syn * i + x, decayed + z * beta]
+    return Step(z, after, u, [decayed, i], u - decayed, z, torch.zeros_like(z))
+
+
+STEPS = {"kLeaky": leaky, "kSynaptic": synaptic, "kLapicque": lapicque, "kAlpha": alpha, "kLif": lif, "kLi": li,
+         "kLifBox": lif_box, "kLiBox": li_box, "kIaf": iaf, "kLsnn": lsnn}
 
 
 def scan(model: Dynamics, surrogate: Surrogate, parameters: Tensors, inputs: Tensors, states: Tensors) -> list[Step]:

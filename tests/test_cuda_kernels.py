@@ -282,7 +282,7 @@ def stored(case: Case, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
     arena = torch.full((case.steps * layer.sites + 1,), float("nan"), dtype=case.inputs.dtype)
     active = torch.empty((case.steps, layer.rows, layer.words), dtype=torch.int64)
     offsets = torch.empty((case.steps, layer.blocks), dtype=torch.int64)
-    tables = [case.inputs, None, None, None, active, None, None, offsets, *[None] * len(case.states)]
+    tables = [case.inputs, None, None, None, active, None, offsets, *[None] * (len(scans.TRACES) + len(case.states))]
     pointers = [p for t in tables for p in scans.step_pointers(t, case.steps)]
     finals = [torch.empty_like(s) for s in case.states]
     scan.run(case.steps, pointers, [s.data_ptr() for s in case.states], [s.data_ptr() for s in finals],

@@ -13,8 +13,16 @@ from snn_sparse_backend.toolchain import BuildError, find_nvcc
 TABLE = Path(__file__).parent.parent / "docs" / "kernel-resources.md"
 # Kernels held to 64 registers (two blocks of 512 threads a multiprocessor) or 40, for which these few bytes do not fit.
 SPILLING = {
+    Kernel("neuron_backward", "backward_kernel<Iaf<float>, false>"): 4,
     Kernel("neuron_backward", "backward_kernel<Lif<double>, false>"): 16,
     Kernel("neuron_backward", "backward_kernel<Lif<float>, true>"): 4,
+    Kernel("neuron_backward", "backward_kernel<Lsnn<float>, true>"): 20,
+    Kernel("neuron_backward", "backward_kernel<Synaptic<double, false>, false>"): 16,
+    Kernel("neuron_backward", "backward_kernel<Synaptic<double, true>, false>"): 22,
+    Kernel("neuron_backward", "backward_kernel<Synaptic<float, false>, false>"): 4,
+    Kernel("neuron_backward", "backward_kernel<Synaptic<float, false>, true>"): 4,
+    Kernel("neuron_backward", "backward_kernel<Synaptic<float, true>, false>"): 12,
+    Kernel("neuron_backward", "backward_kernel<Synaptic<float, true>, true>"): 12,
     Kernel("synapse_input", "input_gradient_kernel<Columns<double, 2>>"): 4,
 }
 

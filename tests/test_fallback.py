@@ -243,7 +243,7 @@ BAD: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     ("snntorch", {"fuse_steps": 1}, ValueError, "fuse_steps: expected True or False, got 1"),
     ("snntorch", {"crossover": 2}, ValueError, "crossover: expected a density between 0 and 1 or None, got 2"),
     (nn.Linear(2, 2), {}, ValueError, "Linear has no spiking layer that can be enabled"),
-    (snn.Synaptic(0.9, 0.8), {}, ValueError, "Synaptic has no spiking layer"),
+    (snn.SLSTM(3, 3), {}, ValueError, "SLSTM has no spiking layer"),
 ]
 
 

@@ -26,27 +26,63 @@ def often(examples: int) -> Callable[[Any], Any]:
 # ------------------------------------------------------------------------------------------------ one layer
 
 
-@given(case=cases(spiking=True, sequence=True))
+@given(case=cases("LIF"))
 @often(500)
 def test_lif(case: Case) -> None:
     assert_same(case)
 
 
-@given(case=cases(spiking=True, sequence=False))
+@given(case=cases("LIFCell"))
 @often(500)
 def test_lif_cell(case: Case) -> None:
     assert_same(case)
 
 
-@given(case=cases(spiking=False, sequence=True))
+@given(case=cases("LI"))
 @often(250)
 def test_li(case: Case) -> None:
     assert_same(case)
 
 
-@given(case=cases(spiking=False, sequence=False))
+@given(case=cases("LICell"))
 @often(250)
 def test_li_cell(case: Case) -> None:
+    assert_same(case)
+
+
+@given(case=cases("LIFBoxCell"))
+@often(250)
+def test_lif_box_cell(case: Case) -> None:
+    assert_same(case)
+
+
+@given(case=cases("LIBoxCell"))
+@often(150)
+def test_li_box_cell(case: Case) -> None:
+    assert_same(case)
+
+
+@given(case=cases("IAF"))
+@often(200)
+def test_iaf(case: Case) -> None:
+    assert_same(case)
+
+
+@given(case=cases("IAFCell"))
+@often(200)
+def test_iaf_cell(case: Case) -> None:
+    assert_same(case)
+
+
+@given(case=cases("LSNN"))
+@often(300)
+def test_lsnn(case: Case) -> None:
+    assert_same(case)
+
+
+@given(case=cases("LSNNCell"))
+@often(300)
+def test_lsnn_cell(case: Case) -> None:
     assert_same(case)
 
 

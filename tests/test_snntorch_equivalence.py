@@ -20,6 +20,7 @@ from snntorch import surrogate
 from torch import Tensor, nn
 
 RESETS = ("subtract", "zero", "none")
+STATES = {"Leaky": ("mem",), "Synaptic": ("syn", "mem"), "Lapicque": ("mem",), "Alpha": ("syn_exc", "syn_inh", "mem")}
 SURROGATES: dict[str, tuple[Callable[..., Any], dict[str, tuple[float, float]]]] = {
     "atan": (surrogate.atan, {"alpha": (0.5, 5)}),
     "fast_sigmoid": (surrogate.fast_sigmoid, {"slope": (1, 50)}),
@@ -59,18 +60,31 @@ class Parameter:
 
 @dataclass
 class Layer:
-    """One Leaky, and the Linear before it, if it has one (``bias`` is not None)."""
+    """One neuron layer, and the Linear before it, if it has one (``bias`` is not None)."""
 
+    kind: str
     size: int
     bias: bool | None
     reset: str
     delay: bool
     surrogate: tuple[str, dict[str, float]]
+    alpha: Parameter  # Synaptic; of Alpha and Lapicque only the value
     beta: Parameter
     threshold: Parameter
     factor: Parameter
     state: str  # passed, kept, hidden
     initial: str  # none, given, learned
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        return STATES[self.kind]
+
+    @property
+    def learns(self) -> bool:
+        """Whether some parameter or state of the neuron requires grad."""
+        own = {"Leaky": self.beta.learn or self.factor.learn, "Synaptic": self.beta.learn or self.alpha.learn,
+               "Lapicque": False, "Alpha": self.beta.wanted}[self.kind]
+        return own or self.threshold.learn or self.initial == "learned"
 
 
 @dataclass
@@ -112,11 +126,13 @@ sizes = st.one_of(st.integers(1, 12), st.sampled_from([63, 64, 65, 127, 128, 129
 def layers(draw: st.DrawFn, size: int, bias: bool | None, vector: bool) -> Layer:
     shapes = ("number", "scalar", "one", "neurons") if vector else ("number", "scalar")
     return Layer(
+        kind=draw(st.sampled_from(("Leaky", "Leaky", "Synaptic", "Lapicque", "Alpha"))),
         size=size,
         bias=bias,
         reset=draw(st.sampled_from(RESETS)),
         delay=draw(st.booleans()),
         surrogate=draw(surrogates()),
+        alpha=draw(parameters(st.one_of(st.floats(0, 1), st.sampled_from([1.2, 1.0, 0])), shapes)),
         beta=draw(parameters(st.one_of(st.floats(0, 1), st.sampled_from([-0.2, 1.3, 0, 1, 0.0, 1.0])), shapes)),
         threshold=draw(parameters(st.one_of(st.floats(0.1, 1.5), st.sampled_from([1, 2, -0.3, 0.0])), shapes)),
         factor=draw(parameters(st.one_of(st.just(1.0), st.just(1), st.floats(0.3, 2)), shapes, (True, False, False))),
@@ -161,15 +177,32 @@ def cases(draw: st.DrawFn, synapses: bool) -> Case:
 # -------------------------------------------------------------------------------------------------- the program
 
 
-def make_leaky(layer: Layer, side: Side) -> snn.Leaky:
+def make_neuron(layer: Layer, side: Side) -> Any:
     factory, constants = SURROGATES[layer.surrogate[0]][0], layer.surrogate[1]
-    return snn.Leaky(
-        beta=layer.beta.make(layer.size), learn_beta=layer.beta.learn,
-        threshold=layer.threshold.make(layer.size), learn_threshold=layer.threshold.learn,
-        graded_spikes_factor=layer.factor.make(layer.size), learn_graded_spikes_factor=layer.factor.learn,
-        spike_grad=side.surrogate(factory(**constants)), reset_mechanism=layer.reset, reset_delay=layer.delay,
-        init_hidden=layer.state == "hidden", output=layer.state == "hidden",
-    )
+    options: dict[str, Any] = {
+        "threshold": layer.threshold.make(layer.size), "learn_threshold": layer.threshold.learn,
+        "spike_grad": side.surrogate(factory(**constants)), "reset_mechanism": layer.reset,
+        "init_hidden": layer.state == "hidden", "output": layer.state == "hidden",
+    }
+    if layer.kind in ("Leaky", "Synaptic"):
+        options |= {"beta": layer.beta.make(layer.size), "learn_beta": layer.beta.learn, "reset_delay": layer.delay}
+    if layer.kind == "Leaky":
+        return snn.Leaky(**options, graded_spikes_factor=layer.factor.make(layer.size),
+                         learn_graded_spikes_factor=layer.factor.learn)
+    if layer.kind == "Synaptic":
+        neuron = snn.Synaptic(**options, alpha=layer.alpha.make(layer.size), learn_alpha=layer.alpha.learn)
+    elif layer.kind == "Lapicque":
+        value = min(float(layer.alpha.value), 1.0)
+        circuit = {"R": 1.5, "C": 3 + value} if layer.delay else {"beta": 0.3 + 0.3 * value}
+        neuron = snn.Lapicque(**options, **circuit, time_step=layer.alpha.value + 0.5)
+    else:
+        beta = layer.beta.make(layer.size) if layer.beta.shape == "neurons" else layer.beta.value
+        beta = torch.as_tensor(beta, dtype=torch.get_default_dtype()).clamp(0.05, 0.8)
+        neuron = snn.Alpha(**options, alpha=0.82 + 0.17 * min(layer.alpha.value, 1), beta=beta,
+                           learn_beta=layer.beta.wanted)
+    if layer.factor.value != 1:
+        neuron.graded_spikes_factor = torch.as_tensor(layer.factor.make(layer.size))
+    return neuron
 
 
 def make_input(case: Case) -> Tensor:
@@ -181,7 +214,7 @@ def make_input(case: Case) -> Tensor:
 
 def in_loss(case: Case, kind: str, layer: int, step: int) -> bool:
     """Whether this output enters the loss."""
-    last = step == case.steps - 1
+    last, kind = step == case.steps - 1, "spk" if kind == "spk" else "mem"
     if case.loss == "some":
         return bool(torch.rand(()) < 0.3) or (last and kind == "spk" and layer == len(case.layers) - 1)
     return {"all": True, "spikes": kind == "spk", "membranes": kind == "mem", "last": last,
@@ -194,9 +227,9 @@ def unroll(case: Case) -> Callable[[Side], None]:
     def program(side: Side) -> None:
         x = make_input(case).requires_grad_(case.x_grad)
         frame = x[0] if case.static else None
-        leaky = nn.ModuleList(make_leaky(layer, side) for layer in case.layers)
+        neurons = nn.ModuleList(make_neuron(layer, side) for layer in case.layers)
         linear, inputs = nn.ModuleList(), case.shape[-1] if case.shape else 1
-        mems: list[Tensor | None] = []
+        states: list[Any] = []
         initial: dict[str, Tensor] = {}
         for i, layer in enumerate(case.layers):
             linear.append(nn.Identity() if layer.bias is None else nn.Linear(inputs, layer.size, bias=layer.bias))
@@ -204,27 +237,27 @@ def unroll(case: Case) -> Callable[[Side], None]:
                 nn.init.uniform_(linear[i].weight, -case.gain * inputs**-0.5, case.gain * inputs**-0.5)
                 inputs = layer.size
                 linear[i].requires_grad_(not case.frozen)
-            mems.append(None)
+            states.append([None for _ in layer.states])
             if layer.initial != "none":
                 shape = case.shape if layer.bias is None else (*case.shape[:-1], layer.size)
-                start = torch.randn(shape).requires_grad_(layer.initial == "learned")
-                initial[f"mem0 of {i}"] = start
-                mems[i] = start
-                if layer.state != "passed":
-                    leaky[i].mem = start
+                for k, name in enumerate(layer.states):
+                    start = torch.randn(shape).requires_grad_(layer.initial == "learned")
+                    initial[f"{name}0 of {i}"] = states[i][k] = start
+                    if layer.state != "passed":
+                        setattr(neurons[i], name, start)
         loss = x.new_zeros(())
         for t in range(case.steps):
             h = frame if frame is not None else x[t]
             for i, layer in enumerate(case.layers):
                 h = linear[i](h)
-                h, mems[i] = leaky[i](h, mems[i]) if layer.state == "passed" else leaky[i](h)
-                for kind, value in (("spk", h), ("mem", mems[i])):
+                h, *states[i] = neurons[i](h, *states[i]) if layer.state == "passed" else neurons[i](h)
+                for kind, value in zip(("spk", *layer.states), (h, *states[i]), strict=True):
                     side.output(f"{kind} of {i} at {t}", value)
                     if in_loss(case, kind, i, t):
                         loss = loss + (value * torch.randn(value.shape)).sum()
         if loss.requires_grad:
             loss.backward()
-        side.collect(leaky, linear, x=x, **initial)
+        side.collect(neurons, linear, x=x, **initial)
 
     return program
 
@@ -232,8 +265,7 @@ def unroll(case: Case) -> Callable[[Side], None]:
 def check(case: Case, dtype: torch.dtype) -> None:
     with precision(dtype):
         learned = case.x_grad or any(
-            (layer.bias is not None and not case.frozen) or layer.initial == "learned" or layer.beta.learn
-            or layer.threshold.learn or layer.factor.learn for layer in case.layers)
+            (layer.bias is not None and not case.frozen) or layer.learns for layer in case.layers)
         stock = run(unroll(case), on=False, seed=case.seed, **case.options)
         # The sigmoid overflows to NaN; stock then spreads it by 0 * NaN, also from where sparse products do not look.
         assume(not any(g is not None and g.isnan().any() for g in stock.gradients.values()))

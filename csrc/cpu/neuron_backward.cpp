@@ -30,14 +30,15 @@ __attribute__((noinline)) void apply_surrogate(const SnnSurrogate& s, const T* _
 template <class N> struct BackwardTables {
   using T = typename N::T::Scalar;
   const T *output, *at_active, *outside[N::States], *values;
-  const T *membrane, *current;
+  const T *membrane, *traces[kMaxTraces];
   const uint64_t *raster, *reset, *active;
 
   BackwardTables(const SnnNeuronBackward& a, int64_t step)
       : output(entry<T>(a.grad_output, step)), at_active(entry<T>(a.grad_active, step)),
-        values(entry<T>(a.values, step)), membrane(entry<T>(a.membrane, step)), current(entry<T>(a.current, step)),
+        values(entry<T>(a.values, step)), membrane(entry<T>(a.membrane, step)),
         raster(entry(a.raster, step)), reset(entry(a.reset, step)), active(entry(a.active, step)) {
     for (int i = 0; i < N::States; i++) outside[i] = entry<T>(a.grad_states[i], step);
+    for (int i = 0; i < N::Traces; i++) traces[i] = entry<T>(a.traces[i], step);
   }
 };
 
@@ -83,6 +84,9 @@ template <class N, bool Learn> class BackwardTask {
 
  private:
   static constexpr int64_t kPadding = 64;
+  // What else a step reads, because its adjoint or that of the step behind it asks for it.
+  static constexpr bool kBefore = Learn || N::AdjointUsesBefore, kTraces = Learn || N::AdjointUsesTraces;
+  static constexpr bool kSpike = kBefore || N::AdjointUsesSpike, kReset = kBefore || N::AdjointUsesReset;
   // Surrogate derivative times what arrives at the spike decision: for all 64 lanes, or for the active ones.
   struct Phi {
     const T *dense, *packed;
@@ -96,10 +100,11 @@ template <class N, bool Learn> class BackwardTask {
   // What the adjoint does not use is not read. Compressed membranes leave u to unit_phi.
   template <class Count> SNN_HD Site<P> site(const Tables& s, const Unit& unit, int k, Count lanes) const {
     Site<P> site{};
-    if ((Learn || N::AdjointUsesSpike) && s.raster) site.spike = ones<P>(s.raster[unit.index] >> k);
-    if ((Learn || N::AdjointUsesReset) && s.reset) site.reset = ones<P>(s.reset[unit.index] >> k);
+    if (kSpike && s.raster) site.spike = ones<P>(s.raster[unit.index] >> k);
+    if (kReset && s.reset) site.reset = ones<P>(s.reset[unit.index] >> k);
     if (s.membrane) site.u = load_lanes(s.membrane + unit.base + k, lanes);
-    if (Learn && N::HasCurrent && s.current) site.current = load_lanes(s.current + unit.base + k, lanes);
+    for (int i = 0; kTraces && i < N::Traces; i++)
+      if (s.traces[i]) site.trace[i] = load_lanes(s.traces[i] + unit.base + k, lanes);
     return site;
   }
 
@@ -122,16 +127,18 @@ template <class N, bool Learn> class BackwardTask {
   // The common case of the sparse backward: gradients at the active sites only, and nothing else that phi depends on.
   // Then phi of all active sites of the task is one run of values, computed at once. Null where it is not so simple.
   const T* task_phi(const Tables& s, int64_t offset) {
-    if constexpr (N::Spikes && !N::InnerSpikeGradient && !Learn) {
+    if constexpr (N::Spikes && !N::InnerSpikeGradient && !kBefore && !kTraces) {
       if (!par_.scalar || !decides(s) || !s.at_active || s.output || s.membrane) return nullptr;
       int64_t count = 0;
       for (int64_t unit = first_; unit < last_; unit++) count += count_bits(s.active[unit]);
       const typename N::Parameters p = par_.at(0);
       T *x = packed_.get(), *upstream = x + room_, *phi = upstream + room_;
       const auto body = [&](int64_t k, auto lanes) {
-        (load_lanes(s.values + offset + k, lanes) - p.threshold).store(x + k);
+        Site<P> of{};
+        of.u = load_lanes(s.values + offset + k, lanes);
+        N::distance(p, of).store(x + k);
         const Gradient g{load_lanes(s.at_active + offset + k, lanes), {}};
-        N::upstream(p, Site<P>{}, g).store(upstream + k);
+        N::upstream(p, of, g).store(upstream + k);
       };
       int64_t k = 0;
       for (; k + P::kLanes <= count; k += P::kLanes) body(k, std::integral_constant<int, P::kLanes>());
@@ -162,7 +169,7 @@ template <class N, bool Learn> class BackwardTask {
           const Site<P> of = site(s, unit, k, lanes);
           Gradient g = total(s, unit, k, lanes);
           if (at_active) g.output = g.output + take(at_active, word >> k);
-          (of.u - p.threshold).store(x + k);
+          N::distance(p, of).store(x + k);
           N::upstream(p, of, g).store(upstream + k);
         });
         apply_surrogate(a_.layer.surrogate, x, upstream, phi_, 64);
@@ -178,7 +185,7 @@ template <class N, bool Learn> class BackwardTask {
         Gradient g = total(s, unit, k, lanes);
         if (at_active) g.output = g.output + take(at_active, bits);
         upstream = append(N::upstream(p, of, g), bits, upstream);
-        x = append(of.u - p.threshold, bits, x);
+        x = append(N::distance(p, of), bits, x);
       });
       fill_strip(x, 0);
       fill_strip(upstream, 0);
@@ -203,10 +210,10 @@ template <class N, bool Learn> class BackwardTask {
       Gradient g = total(s, unit, k, lanes);
       if (sparse_output) g.output = g.output + take(at_active, active >> k & lane_mask(P::kLanes));
       if (sparse_u) of.u = take(value, active >> k & lane_mask(P::kLanes));
-      P before(T(0)), derivative(T(0));
-      if (Learn)
-        before = previous ? N::left(p, site(*previous, unit, k, lanes))
-                          : load_lanes(static_cast<const T*>(a_.state_in[0]) + unit.base + k, lanes);
+      P before[N::States]{}, derivative(T(0));
+      if (kBefore && previous) N::left(p, site(*previous, unit, k, lanes), before);
+      for (int i = 0; kBefore && !previous && i < N::States; i++)
+        before[i] = load_lanes(static_cast<const T*>(a_.state_in[i]) + unit.base + k, lanes);
       if (phi.dense)
         derivative = P::load(phi.dense + k);
       else if (packed)

@@ -15,20 +15,20 @@ template <class N> struct StepTables {
   const T* before[N::States];
   T* after[N::States];
   T* states[N::States];
-  T *output, *membrane, *current;
+  T *output, *membrane, *traces[kMaxTraces];
   uint64_t *raster, *reset, *active;
   P low, high;  // bounds of the surrogate
 
   StepTables(const SnnNeuronForward& a, int64_t step)
       : input(entry<T>(a.input, step)), output(entry<T>(a.output, step)), membrane(entry<T>(a.membrane, step)),
-        current(entry<T>(a.current, step)), raster(entry(a.raster, step)), reset(entry(a.reset, step)),
-        active(N::Spikes ? entry(a.active, step) : nullptr), low(bound<T>(a.layer.surrogate.low)),
+        raster(entry(a.raster, step)), reset(entry(a.reset, step)), active(N::Spikes ? entry(a.active, step) : nullptr), low(bound<T>(a.layer.surrogate.low)),
         high(bound<T>(a.layer.surrogate.high)) {
     for (int i = 0; i < N::States; i++) {
       before[i] = static_cast<const T*>(step ? a.state_out[i] : a.state_in[i]);
       after[i] = static_cast<T*>(a.state_out[i]);
       states[i] = entry<T>(a.states[i], step);
     }
+    for (int i = 0; i < N::Traces; i++) traces[i] = entry<T>(a.traces[i], step);
   }
 };
 
@@ -42,7 +42,8 @@ SNN_HD typename N::T::Scalar* step_unit(const StepTables<N>& s, const Unit& unit
   using T = typename P::Scalar;
   const int64_t base = unit.base;
   uint64_t raster = 0, reset = 0, active = 0;
-  P state[N::States][P::kPerWord], output[P::kPerWord], u[P::kPerWord], current[P::kPerWord];
+  P state[N::States][P::kPerWord], output[P::kPerWord], u[P::kPerWord],
+      trace[kMaxTraces][P::kPerWord];
   for_each_pack<P>(unit.lanes, [&](int k, auto lanes) {
     const int i = k / P::kLanes;
     const typename N::Parameters p = par.at(k);
@@ -51,11 +52,11 @@ SNN_HD typename N::T::Scalar* step_unit(const StepTables<N>& s, const Unit& unit
     const Site<P> site = N::step(p, load_lanes(input + k, lanes), of, output[i]);
     for (int q = 0; q < N::States; q++) state[q][i] = of[q];
     u[i] = site.u;
-    current[i] = site.current;
+    for (int q = 0; q < N::Traces; q++) trace[q][i] = site.trace[q];
     if constexpr (N::Spikes) {
       raster |= static_cast<uint64_t>(nonzero_bits(site.spike)) << k;
       reset |= static_cast<uint64_t>(nonzero_bits(site.reset)) << k;
-      if (s.active) active |= static_cast<uint64_t>(inside_bits(site.u - p.threshold, s.low, s.high)) << k;
+      if (s.active) active |= static_cast<uint64_t>(inside_bits(N::distance(p, site), s.low, s.high)) << k;
     }
   });
   const auto write = [&](const P* from, T* to) {
@@ -68,7 +69,7 @@ SNN_HD typename N::T::Scalar* step_unit(const StepTables<N>& s, const Unit& unit
   }
   write(output, s.output);
   write(u, s.membrane);
-  if (N::HasCurrent) write(current, s.current);
+  for (int q = 0; q < N::Traces; q++) write(trace[q], s.traces[q]);
   const uint64_t mask = lane_mask(unit.lanes);
   if (s.raster) {
     s.raster[unit.index] = raster & mask;

@@ -42,9 +42,10 @@ template <class N> struct ParameterLanes {
   using P = typename N::T;
   using T = typename P::Scalar;
   alignas(64) T lane[N::Count][64];
+  const int reset;
   bool scalar = true;
 
-  explicit ParameterLanes(const SnnLayer& layer) {
+  explicit ParameterLanes(const SnnLayer& layer) : reset(layer.reset) {
     for (int p = 0; p < N::Count; p++) {
       if (layer.parameters[p].row_stride || layer.parameters[p].col_stride) scalar = false;
       std::fill(lane[p], lane[p] + 64, *static_cast<const T*>(layer.parameters[p].data));
@@ -62,7 +63,7 @@ template <class N> struct ParameterLanes {
   SNN_HD typename N::Parameters at(int k) const {
     P values[N::Count];
     for (int p = 0; p < N::Count; p++) values[p] = P::load(lane[p] + k);
-    return typename N::Parameters(values);
+    return typename N::Parameters(values, reset);
   }
 };
 

@@ -8,7 +8,7 @@ namespace cuda {
 namespace {
 
 struct Step {
-  const void *grad_output, *grad_active, *grad_states[kMaxStates], *values, *membrane, *current;
+  const void *grad_output, *grad_active, *grad_states[kMaxStates], *values, *membrane, *traces[kMaxTraces];
   const uint64_t *raster, *reset, *active;
   const int64_t* offsets;
 };
@@ -16,7 +16,7 @@ struct Step {
 // By value, so that a captured launch keeps them. step[0] is the step before the first one, where there is one.
 struct Arguments {
   SnnLayer layer;
-  const void* state_in;             // the membrane before the first step, if that is the sequence's first
+  const void* state_in[kMaxStates];  // before the first step, if that is the sequence's first
   const void* carry_in[kMaxStates];  // null: zero
   void* carry_out[kMaxStates];      // null: not wanted
   void* grad_input;                 // of the first step
@@ -28,13 +28,15 @@ static_assert(sizeof(Arguments) <= 4096, "larger than the arguments of a kernel 
 
 // What one step loads; filled some steps ahead of its use.
 template <class T> struct Loaded {
-  T output, u, current, states[kMaxStates];
+  T output, u, traces[kMaxTraces], states[kMaxStates];
   bool active, spike, reset;  // active: the surrogate derivative has to be evaluated
 };
 
 template <class N, bool Learn> class Scan {
   using T = typename N::T;
-  static constexpr int kGroup = Learn || sizeof(T) > 4 ? kAhead / 2 : kAhead;  // more would not fit into registers
+  // What else a step reads, because its adjoint or that of the step behind it asks for it.
+  static constexpr bool kBefore = Learn || N::AdjointUsesBefore, kTraces = Learn || N::AdjointUsesTraces;
+  static constexpr int kGroup = Learn || sizeof(T) > 4 || N::States > 2 ? kAhead / 2 : kAhead;  // more would not fit into registers
 
  public:
   __device__ Scan(const Arguments& a) : a_(a), site_(a.layer.rows, a.layer.cols), offset_(site_.offset(a.layer.cols)),
@@ -79,8 +81,8 @@ template <class N, bool Learn> class Scan {
 
   __device__ void load_bits(const Step& step, Loaded<T>& to) const {
     to.active = site_.exists && N::Spikes && (!step.active || read_bit(step.active, site_));
-    to.spike = (Learn || N::AdjointUsesSpike) && step.raster && read_bit(step.raster, site_);
-    to.reset = (Learn || N::AdjointUsesReset) && step.reset && read_bit(step.reset, site_);
+    to.spike = (kBefore || N::AdjointUsesSpike) && step.raster && read_bit(step.raster, site_);
+    to.reset = (kBefore || N::AdjointUsesReset) && step.reset && read_bit(step.reset, site_);
   }
 
   __device__ void load_values(const Step& step, Loaded<T>& to) const {
@@ -97,14 +99,18 @@ template <class N, bool Learn> class Scan {
       to.u = load<T>(step.values, step.offsets[blockIdx.x] + rank_in_block(step.active, site_));
     }
     to.active = derivative;
-    to.current = Learn && N::HasCurrent && step.current && site_.exists ? load<T>(step.current, offset_) : T(0);
+#pragma unroll
+    for (int i = 0; i < N::Traces; i++)
+      to.traces[i] = kTraces && step.traces[i] && site_.exists ? load<T>(step.traces[i], offset_) : T(0);
 #pragma unroll
     for (int i = 0; i < N::States; i++)
       to.states[i] = step.grad_states[i] && site_.exists ? load<T>(step.grad_states[i], offset_) : T(0);
   }
 
   __device__ void reverse_step(int64_t step, const Loaded<T>& at, T* carry, T* sums) {
-    const Site<T> site{at.u, at.current, at.spike ? T(1) : T(0), at.reset ? T(1) : T(0)};
+    Site<T> site{at.u, {}, at.spike ? T(1) : T(0), at.reset ? T(1) : T(0)};
+#pragma unroll
+    for (int i = 0; i < N::Traces; i++) site.trace[i] = at.traces[i];
     Cotangents<T, N::States> g;
     g.output = at.output;
 #pragma unroll
@@ -112,11 +118,13 @@ template <class N, bool Learn> class Scan {
     T phi = T(0);
     if (at.active) {
       const SnnSurrogate& s = a_.layer.surrogate;
-      const T x = at.u - p_.threshold, upstream = N::upstream(p_, site, g);
+      const T x = N::distance(p_, site), upstream = N::upstream(p_, site, g);
       if (inside(x, bound<T>(s.low), bound<T>(s.high)))
         visit_surrogate<T>(s, [&](auto derivative) { phi = derivative(x, upstream); });
     }
-    const Gradients<T, N::States, N::Count> r = N::adjoint(p_, site, Learn ? before(step) : T(0), g, phi);
+    T states[N::States] = {};
+    if (kBefore && site_.exists) before(step, states);
+    const Gradients<T, N::States, N::Count> r = N::adjoint(p_, site, states, g, phi);
     if (site_.exists && a_.grad_input)
       static_cast<T*>(a_.grad_input)[(step - 1) * a_.layer.rows * a_.layer.cols + offset_] = r.input;
 #pragma unroll
@@ -125,16 +133,22 @@ template <class N, bool Learn> class Scan {
     for (int p = 0; Learn && p < N::Count; p++) sums[p] += r.parameters[p];
   }
 
-  // The membrane before a step, for parameter gradients.
-  __device__ T before(int64_t step) const {
-    if (!site_.exists) return T(0);
-    if (step == 1 && a_.state_in) return load<T>(a_.state_in, offset_);
+  // The states before a step.
+  __device__ void before(int64_t step, T* states) const {
+    if (step == 1 && a_.state_in[0]) {
+#pragma unroll
+      for (int i = 0; i < N::States; i++) states[i] = load<T>(a_.state_in[i], offset_);
+      return;
+    }
     const Step& earlier = a_.step[step - 1];
-    Site<T> site{T(0), T(0), T(0), T(0)};
+    Site<T> site{};
     if (earlier.raster && read_bit(earlier.raster, site_)) site.spike = T(1);
     if (earlier.reset && read_bit(earlier.reset, site_)) site.reset = T(1);
     if (earlier.membrane) site.u = load<T>(earlier.membrane, offset_);
-    return N::left(p_, site);
+#pragma unroll
+    for (int i = 0; i < N::Traces; i++)
+      if (earlier.traces[i]) site.trace[i] = load<T>(earlier.traces[i], offset_);
+    N::left(p_, site, states);
   }
 
   const Arguments& a_;
@@ -155,7 +169,7 @@ Step step_of(const SnnNeuronBackward& a, int64_t step) {
   for (int i = 0; i < kMaxStates; i++) s.grad_states[i] = entry(a.grad_states[i], step);
   s.values = entry(a.values, step);
   s.membrane = entry(a.membrane, step);
-  s.current = entry(a.current, step);
+  for (int i = 0; i < kMaxTraces; i++) s.traces[i] = entry(a.traces[i], step);
   s.raster = entry(a.raster, step);
   s.reset = entry(a.reset, step);
   s.active = entry(a.active, step);
@@ -173,8 +187,8 @@ template <class N> cudaError_t run(const SnnNeuronBackward& a, cudaStream_t stre
     Arguments chunk{};
     chunk.layer = a.layer;
     chunk.steps = last - first;
-    chunk.state_in = first ? nullptr : a.state_in[0];
     for (int i = 0; i < N::States; i++) {
+      chunk.state_in[i] = first ? nullptr : a.state_in[i];
       chunk.carry_in[i] = last < a.steps ? a.carry[i] : nullptr;
       chunk.carry_out[i] = first ? a.carry[i] : a.grad_state_in[i];
     }

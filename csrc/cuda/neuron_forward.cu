@@ -9,7 +9,7 @@ namespace {
 
 struct Step {
   const void* input;
-  void *output, *membrane, *current, *states[kMaxStates];
+  void *output, *membrane, *traces[kMaxTraces], *states[kMaxStates];
   uint64_t *raster, *reset, *active;
   int64_t* offsets;
 };
@@ -70,7 +70,9 @@ __global__ void __launch_bounds__(kSitesPerBlock) forward_kernel(const __grid_co
       if (site.exists) {
         if (step.output) static_cast<T*>(step.output)[offset] = output;
         if (step.membrane) static_cast<T*>(step.membrane)[offset] = s.u;
-        if (N::HasCurrent && step.current) static_cast<T*>(step.current)[offset] = s.current;
+#pragma unroll
+        for (int i = 0; i < N::Traces; i++)
+          if (step.traces[i]) static_cast<T*>(step.traces[i])[offset] = s.trace[i];
 #pragma unroll
         for (int i = 0; i < N::States; i++)
           if (step.states[i]) static_cast<T*>(step.states[i])[offset] = state[i];
@@ -81,7 +83,7 @@ __global__ void __launch_bounds__(kSitesPerBlock) forward_kernel(const __grid_co
       if (step.raster) write_bits(step.raster, site, spiking);
       if (step.reset) write_bits(step.reset, site, __ballot_sync(kFull, site.exists && s.reset != T(0)));
       if (!step.active) continue;
-      const bool active = site.exists && inside(s.u - p.threshold, low, high);
+      const bool active = site.exists && inside(N::distance(p, s), low, high);
       const unsigned bits = __ballot_sync(kFull, active);
       write_bits(step.active, site, bits);
       if (!a.values)
@@ -106,7 +108,7 @@ Step step_of(const SnnNeuronForward& a, int64_t step) {
   s.input = a.input[step];
   s.output = entry(a.output, step);
   s.membrane = entry(a.membrane, step);
-  s.current = entry(a.current, step);
+  for (int i = 0; i < kMaxTraces; i++) s.traces[i] = entry(a.traces[i], step);
   for (int i = 0; i < kMaxStates; i++) s.states[i] = entry(a.states[i], step);
   s.raster = entry(a.raster, step);
   s.reset = entry(a.reset, step);

@@ -24,7 +24,7 @@ template <class N> __device__ typename N::Parameters parameters_of(const SnnLaye
     const int64_t offset = site.exists ? site.row * q.row_stride + site.col * q.col_stride : 0;
     values[p] = static_cast<const T*>(q.data)[offset];
   }
-  return typename N::Parameters(values);
+  return typename N::Parameters(values, layer.reset);
 }
 
 // Entry of a table in host memory, where both may be missing.

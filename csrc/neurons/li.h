@@ -7,13 +7,13 @@ namespace snn {
 
 template <class Scalar> struct Li {
   using T = Scalar;
-  static constexpr int States = 2, Count = 3;
-  static constexpr bool Spikes = false, InnerSpikeGradient = false, HasCurrent = true;
-  static constexpr bool AdjointUsesSpike = false, AdjointUsesReset = false;
+  static constexpr int States = 2, Count = 3, Traces = 1;  // traced: the synaptic current
+  static constexpr bool Spikes = false, InnerSpikeGradient = false;
+  static constexpr bool AdjointUsesSpike = false, AdjointUsesReset = false, AdjointUsesTraces = false,
+                        AdjointUsesBefore = false;
   struct Parameters {
     T mem, syn, leak;  // mem = dt tau_mem_inv, syn = -dt tau_syn_inv
-    static constexpr int threshold = 0;
-    SNN_HD explicit Parameters(const T* p) : mem(p[0]), syn(p[1]), leak(p[2]) {}
+    SNN_HD Parameters(const T* p, int) : mem(p[0]), syn(p[1]), leak(p[2]) {}
   };
 
   SNN_HD static Site<T> step(const Parameters& p, T x, T* state, T& output) {
@@ -21,7 +21,7 @@ template <class Scalar> struct Li {
     T c = state[1] + x;
     T v = state[0] + p.mem * ((p.leak - state[0]) + c);
     s.u = v;
-    s.current = c;
+    s.trace[0] = c;
     s.spike = s.reset = T(0);
     state[0] = v;
     state[1] = c + p.syn * c;
@@ -29,11 +29,17 @@ template <class Scalar> struct Li {
     return s;
   }
 
-  SNN_HD static T left(const Parameters&, const Site<T>& s) { return s.u; }
+  SNN_HD static T distance(const Parameters&, const Site<T>& s) { return s.u; }
+
+  // The current decays once more, but no gradient asks for it.
+  SNN_HD static void left(const Parameters&, const Site<T>& s, T* state) {
+    state[0] = s.u;
+    state[1] = T(0);
+  }
 
   SNN_HD static T upstream(const Parameters&, const Site<T>&, const Cotangents<T, States>&) { return T(0); }
 
-  SNN_HD static Gradients<T, States, Count> adjoint(const Parameters& p, const Site<T>& s, T before,
+  SNN_HD static Gradients<T, States, Count> adjoint(const Parameters& p, const Site<T>& s, const T* before,
                                                     const Cotangents<T, States>& g, T) {
     Gradients<T, States, Count> r;
     T lv = g.output + g.state[0], li = g.state[1];
@@ -41,8 +47,8 @@ template <class Scalar> struct Li {
     r.input = lc;
     r.carry[0] = lv - p.mem * lv;
     r.carry[1] = lc;
-    r.parameters[0] = lv * ((p.leak - before) + s.current);
-    r.parameters[1] = li * s.current;
+    r.parameters[0] = lv * ((p.leak - before[0]) + s.trace[0]);
+    r.parameters[1] = li * s.trace[0];
     r.parameters[2] = p.mem * lv;
     return r;
   }

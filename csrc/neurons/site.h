@@ -2,15 +2,19 @@
 // neuron); the CPU scan runs it on the lanes of a vector as its number type, a CUDA kernel on a number in each thread.
 //
 //   States                 how many state variables are carried from step to step (the first is the membrane)
+//   Traces                 how many values a step may record besides u, for its adjoint
 //   Spikes                 has a threshold comparison
 //   InnerSpikeGradient     the neuron's own dynamics send a gradient to the spike decision (reset not detached)
-//   AdjointUsesSpike/Reset whether the adjoint, parameter gradients aside, depends on who spiked, who was reset
-//   Parameters             the parameter values at this site, in the order of dynamics.py
+//   AdjointUsesSpike/Reset/Traces/Before   whether the adjoint, parameter gradients aside, depends on who spiked, who
+//                          was reset, what was traced, and the states before the step
+//   Parameters             the parameter values at this site, in the order of dynamics.py, and the reset rule
 //   step()                 one time step, in the host library's own order of operations
+//   distance()             of u from the threshold: what the surrogate derivative is taken of
 //   upstream()             gradient that arrives at the spike function: outside and inner parts
 //   adjoint()              the rest of the reverse step, given phi = upstream * surrogate derivative
-//   left()                 the membrane that a step left behind, for parameter gradients
+//   left()                 the states that a step left behind, as far as adjoints ask for them
 #pragma once
+#include "../abi.h"
 #include "../portable.h"
 
 namespace snn {
@@ -19,9 +23,9 @@ namespace snn {
 SNN_HD float positive(float x) { return x > 0 ? 1.f : 0.f; }
 SNN_HD double positive(double x) { return x > 0 ? 1. : 0.; }
 
-// One site at one time step: u and current at the threshold comparison; spike and reset are 0 or 1.
+// One site at one time step: u at the threshold comparison, and what else was recorded; spike and reset are 0 or 1.
 template <class T> struct Site {
-  T u, current, spike, reset;
+  T u, trace[kMaxTraces], spike, reset;
 };
 
 // Gradients at one site: from outside for the output, and for the states from outside plus the carried part.

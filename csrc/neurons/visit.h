@@ -1,9 +1,15 @@
 // From the numbers in a layer's description to the neuron struct that they name.
 #pragma once
 #include "../abi.h"
+#include "alpha.h"
+#include "iaf.h"
+#include "lapicque.h"
 #include "leaky.h"
 #include "li.h"
 #include "lif.h"
+#include "lif_box.h"
+#include "lsnn.h"
+#include "synaptic.h"
 
 namespace snn {
 
@@ -11,13 +17,25 @@ namespace snn {
 template <class N> struct Tag {
   using Neuron = N;
 };
-template <class T, class Visit> auto visit_neuron(const SnnLayer& layer, Visit visit) {
-  if (layer.model == kLif) return visit(Tag<Lif<T>>());
-  if (layer.model == kLi) return visit(Tag<Li<T>>());
+template <class T, class Visit> auto visit_leaky(const SnnLayer& layer, Visit visit) {
   if (layer.reset == kNone) return visit(Tag<Leaky<T, kNone, false>>());
   if (layer.reset == kZero)
     return layer.late_reset ? visit(Tag<Leaky<T, kZero, true>>()) : visit(Tag<Leaky<T, kZero, false>>());
   return layer.late_reset ? visit(Tag<Leaky<T, kSubtract, true>>()) : visit(Tag<Leaky<T, kSubtract, false>>());
+}
+template <class T, class Visit> auto visit_neuron(const SnnLayer& layer, Visit visit) {
+  switch (layer.model) {
+    case kSynaptic: return layer.late_reset ? visit(Tag<Synaptic<T, true>>()) : visit(Tag<Synaptic<T, false>>());
+    case kLapicque: return visit(Tag<Lapicque<T>>());
+    case kAlpha: return visit(Tag<Alpha<T>>());
+    case kLif: return visit(Tag<Lif<T>>());
+    case kLi: return visit(Tag<Li<T>>());
+    case kLifBox: return visit(Tag<LifBox<T>>());
+    case kLiBox: return visit(Tag<LiBox<T>>());
+    case kIaf: return visit(Tag<Iaf<T>>());
+    case kLsnn: return visit(Tag<Lsnn<T>>());
+    default: return visit_leaky<T>(layer, visit);
+  }
 }
 template <class Visit> auto visit_layer(const SnnLayer& layer, Visit visit) {
   return layer.dtype == kFloat32 ? visit_neuron<float>(layer, visit) : visit_neuron<double>(layer, visit);

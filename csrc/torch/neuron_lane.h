@@ -61,12 +61,16 @@ class NeuronLane final : public Lane {
         arguments_(*spec.address<const SnnNeuronForward>("arguments")), shape_(spec.integers("shape")),
         type_(spec.flag("double") ? at::kDouble : at::kFloat), states_(static_cast<int>(spec.integer("states"))),
         spikes_(spec.flag("spikes")), late_reset_(spec.flag("late_reset")), keep_active_(spec.flag("keep_active")),
-        keep_membrane_(spec.flag("keep_membrane")), keep_current_(spec.flag("keep_current")),
+        keep_membrane_(spec.flag("keep_membrane")), keep_traces_(spec.integers("keep_traces")),
         unit_spikes_(spec.flag("unit_spikes")), words_(arguments_.layer.rows * ((arguments_.layer.cols + 63) / 64)),
         sites_(arguments_.layer.rows * arguments_.layer.cols), raster_(words_, at::kLong, kFirstSteps, kMostSteps),
         active_(words_, at::kLong, kFirstSteps, kMostSteps), reset_(words_, at::kLong, kFirstSteps, kMostSteps),
         membrane_(sites_, type_, std::min(kFirstSteps, dense_steps()), dense_steps()),
-        current_(sites_, type_, std::min(kFirstSteps, dense_steps()), dense_steps()), values_(type_) {
+        values_(type_) {
+    for (size_t i = 0; i < keep_traces_.size(); ++i) {
+      traces_.emplace_back(sites_, type_, std::min(kFirstSteps, dense_steps()), dense_steps());
+      trace_tables_.emplace_back();
+    }
     SnnNeuronForward& a = arguments_;
     a.steps = 1;
     a.input = &slots_.input;
@@ -75,7 +79,7 @@ class NeuronLane final : public Lane {
     a.reset = &slots_.reset;
     a.active = &slots_.active;
     a.membrane = &slots_.membrane;
-    a.current = &slots_.current;
+    for (int i = 0; i < kMaxTraces; ++i) a.traces[i] = &slots_.traces[i];
     for (int i = 0; i < kMaxStates; ++i) a.states[i] = nullptr;
     a.active_counts = &slots_.active_count;
     a.spike_counts = &slots_.spike_count;
@@ -156,7 +160,7 @@ class NeuronLane final : public Lane {
     const void* input = nullptr;
     void* output = nullptr;
     uint64_t *raster = nullptr, *reset = nullptr, *active = nullptr;
-    void *membrane = nullptr, *current = nullptr;
+    void *membrane = nullptr, *traces[kMaxTraces] = {};
     int64_t active_count = 0, spike_count = 0;
   };
 
@@ -184,7 +188,9 @@ class NeuronLane final : public Lane {
   std::vector<int64_t> shape_;
   at::ScalarType type_;
   const int states_;
-  const bool spikes_, late_reset_, keep_active_, keep_membrane_, keep_current_, unit_spikes_;
+  const bool spikes_, late_reset_, keep_active_, keep_membrane_;
+  const std::vector<int64_t> keep_traces_;  // of each trace of the model, whether it is wanted
+  const bool unit_spikes_;
   const int64_t words_, sites_;
   bool input_attached_ = true, dense_ = false;
   std::vector<Output> outputs_;  // of each step, in the order in which the node has them
@@ -194,11 +200,13 @@ class NeuronLane final : public Lane {
   Node* feeder_ = nullptr;  // kept alive by the node's edges
   std::vector<std::pair<PyObject*, Owner::Weak>> synapses_;
 
-  StepArena raster_, active_, reset_, membrane_, current_;
+  StepArena raster_, active_, reset_, membrane_;
+  std::vector<StepArena> traces_;
   ValueArena values_;
   std::vector<uint64_t*> rasters_, actives_, resets_;
   Tensors raster_storages_;
-  std::vector<void*> membranes_, currents_;
+  std::vector<void*> membranes_;
+  std::vector<std::vector<void*>> trace_tables_;
   std::vector<int64_t> spike_counts_, active_counts_, sources_;
 };
 
@@ -214,7 +222,7 @@ void NeuronLane::run(const at::Tensor& x, PyObject* const* states, const Tensors
   slots_.reset = spikes_ && late_reset_ ? reinterpret_cast<uint64_t*>(reset_.take()) : nullptr;
   const bool membrane = keep_membrane_ || (slots_.active && dense_);
   slots_.membrane = membrane ? membrane_.take() : nullptr;
-  slots_.current = keep_current_ ? current_.take() : nullptr;
+  for (size_t i = 0; i < traces_.size(); ++i) slots_.traces[i] = keep_traces_[i] ? traces_[i].take() : nullptr;
   // The scan wants room for every site twice: to write to, and to move to.
   const int64_t room = 64 * words_;
   const size_t size = c10::elementSize(type_);
@@ -232,7 +240,7 @@ void NeuronLane::record() {
   actives_.push_back(slots_.active);
   resets_.push_back(slots_.reset);
   membranes_.push_back(slots_.membrane);
-  currents_.push_back(slots_.current);
+  for (size_t i = 0; i < traces_.size(); ++i) trace_tables_[i].push_back(slots_.traces[i]);
   spike_counts_.push_back(slots_.spike_count);
   active_counts_.push_back(slots_.active_count);
   if (arguments_.values) values_.append(static_cast<const char*>(arguments_.values), slots_.active_count);
@@ -249,7 +257,6 @@ PyObject* NeuronLane::take() {
   put(taken, "reset", as_bytes(resets_));
   put(taken, "active", as_bytes(actives_));
   put(taken, "membrane", as_bytes(membranes_));
-  put(taken, "current", as_bytes(currents_));
   put(taken, "spike_counts", as_bytes(spike_counts_));
   put(taken, "active_counts", as_bytes(active_counts_));
   put(taken, "sources", as_bytes(sources_));
@@ -258,7 +265,14 @@ PyObject* NeuronLane::take() {
   put(taken, "actives", as_list(active_.share()));
   put(taken, "resets", as_list(reset_.share()));
   put(taken, "membranes", as_list(membrane_.share()));
-  put(taken, "currents", as_list(current_.share()));
+  const Ref traces(PyList_New(0));
+  for (size_t i = 0; i < traces_.size(); ++i) {
+    put(taken, ("trace " + std::to_string(i)).c_str(), as_bytes(trace_tables_[i]));
+    const Ref storages(as_list(traces_[i].share()));
+    if (PyList_Append(traces.get(), storages.get()) < 0) throw_python_error();
+    trace_tables_[i].clear();
+  }
+  put(taken, "traces", Py_NewRef(traces.get()));
   values_.close();
   const Ref values(PyList_New(0));
   for (const auto& run : values_.runs) {
@@ -273,7 +287,6 @@ PyObject* NeuronLane::take() {
   actives_.clear();
   resets_.clear();
   membranes_.clear();
-  currents_.clear();
   spike_counts_.clear();
   active_counts_.clear();
   sources_.clear();

@@ -1,0 +1,99 @@
+"""What each supported class of Norse is: its states, its parameters, and the dynamics they make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor
+
+from ..dynamics import IAF, LI, LI_BOX, LIF, LSNN, Dynamics, lif_box
+
+_lif = import_module("norse.torch.functional.lif")
+_li = import_module("norse.torch.functional.leaky_integrator")
+_box = import_module("norse.torch.functional.lif_box")
+_li_box = import_module("norse.torch.functional.leaky_integrator_box")
+_iaf = import_module("norse.torch.functional.iaf")
+_lsnn = import_module("norse.torch.functional.lsnn")
+_reset = import_module("norse.torch.functional.reset")
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """A class of neurons.
+
+    Args:
+        state: the named tuple of its states, in the order of the dynamics.
+        parameters: names of the members of ``p`` that are parameters, in the order of the dynamics.
+        dynamics: of a module's ``p``; None if there are none for it.
+        activation: the step function that the kernels stand for.
+        rates: parameters that the step multiplies by ``dt`` (1), by ``-dt`` (-1), or not at all (0).
+        differences: pairs of parameter and state that the step subtracts before anything of the input's dtype joins.
+        current: the state whose dtype counts beside the input's, as it is not that of the input by default.
+        delayed: the input does not reach the output of its own step, so that the states alone give that its shape.
+    """
+
+    state: type
+    parameters: tuple[str, ...]
+    dynamics: Callable[[Any], Dynamics | None]
+    activation: Any
+    rates: tuple[int, ...]
+    differences: tuple[tuple[str, str], ...] = ()
+    current: str | None = None
+    delayed: bool = False
+
+    def tensors(self, p: Any) -> list[Any]:
+        """The parameters of a module."""
+        return [getattr(p, name) for name in self.parameters]
+
+    def states(self, state: Any) -> list[Any]:
+        """The states in a tuple."""
+        return [getattr(state, name) for name in self.state._fields]  # type: ignore[attr-defined]
+
+    def derive(self, tensors: Sequence[Tensor], dt: Any) -> tuple[Tensor, ...]:
+        """The parameters of the dynamics."""
+        factors = {1: dt, -1: -dt}
+        return tuple(factors[rate] * t if rate else t for rate, t in zip(self.rates, tensors, strict=True))
+
+
+def _box_dynamics(p: Any) -> Dynamics | None:
+    method = p.reset_method
+    return next((lif_box(name) for name in ("value", "subtract") if method is getattr(_reset, f"reset_{name}")), None)
+
+
+_LEAK = (("v_leak", "v"),)
+
+_LIF = Kind(_lif.LIFFeedForwardState, ("tau_mem_inv", "tau_syn_inv", "v_leak", "v_th", "v_reset"), lambda p: LIF,
+            _lif.lif_feed_forward_step, (1, -1, 0, 0, 0), _LEAK, "i")
+_LI = Kind(_li.LIState, ("tau_mem_inv", "tau_syn_inv", "v_leak"), lambda p: LI, _li.li_feed_forward_step, (1, -1, 0),
+           _LEAK, "i")
+_LIF_BOX = Kind(_box.LIFBoxFeedForwardState, ("tau_mem_inv", "v_leak", "v_th", "v_reset"), _box_dynamics,
+                _box.lif_box_feed_forward_step, (1, 0, 0, 0))
+_LI_BOX = Kind(_li_box.LIBoxState, ("tau_mem_inv", "v_leak"), lambda p: LI_BOX, _li_box.li_box_feed_forward_step,
+               (1, 0), _LEAK)
+_IAF = Kind(_iaf.IAFFeedForwardState, ("v_th", "v_reset"), lambda p: IAF, _iaf.iaf_feed_forward_step, (0, 0))
+_LSNN = Kind(_lsnn.LSNNFeedForwardState,
+             ("tau_mem_inv", "tau_syn_inv", "v_leak", "tau_adapt_inv", "v_th", "v_reset", "beta"), lambda p: LSNN,
+             _lsnn.lsnn_feed_forward_step, (1, -1, 0, 1, 0, 0, 0), (("v_leak", "v"), ("v_th", "b")), delayed=True)
+
+
+
+def host_class(name: str) -> Any:
+    """A class of the installed version, None if it has none: some are not exported."""
+    for place in ("norse.torch", "norse.torch.module.lif_box", "norse.torch.module.leaky_integrator_box"):
+        try:
+            found = getattr(import_module(place), name, None)
+        except ImportError:
+            continue
+        if found is not None:
+            return found
+    return None
+
+
+_NAMES = {
+    "LIF": _LIF, "LIFCell": _LIF, "LI": _LI, "LICell": _LI, "LIFBox": _LIF_BOX, "LIFBoxCell": _LIF_BOX,
+    "LIBox": _LI_BOX, "LIBoxCell": _LI_BOX, "IAF": _IAF, "IAFCell": _IAF, "LSNN": _LSNN, "LSNNCell": _LSNN,
+}
+KINDS: dict[type, Kind] = {host: kind for name, kind in _NAMES.items() if (host := host_class(name)) is not None}

@@ -1,0 +1,114 @@
+"""What each supported class of snnTorch is: its states, its parameters, and the dynamics they make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import snntorch as snn
+import torch
+from torch import Tensor
+
+from ..dynamics import Dynamics, alpha, lapicque, leaky, synaptic
+from .plans import values_of
+
+Derived = tuple[Tensor, ...]
+
+_RESETS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "none"}
+_RESET_VALUES = ("subtract", "zero", "none")
+_FIRING = ("threshold", "graded_spikes_factor")
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """A class of neurons.
+
+    Args:
+        states: names of its buffers that are states, in the order in which it takes and returns them; ``mem`` is last.
+        parameters: names of the parameters or buffers that its step reads.
+        constants: those of them that may not require grad, each with the reason.
+        describe: ``(reset, late) -> dynamics``.
+        derive: the parameters of the dynamics from the tensors by name.
+        host: its ``forward``.
+        methods: the methods that its step calls, as the library has them.
+        delays: whether it has ``reset_delay``.
+    """
+
+    states: tuple[str, ...]
+    parameters: tuple[str, ...]
+    describe: Callable[[str, bool], Dynamics]
+    derive: Callable[[Mapping[str, Tensor]], Derived]
+    host: Callable[..., Any]
+    methods: Mapping[str, Any]
+    delays: bool = True
+    constants: Mapping[str, str] = field(default_factory=dict)
+
+    def find(self, module: Any, name: str) -> Any:
+        """A parameter or buffer."""
+        parameters = module._parameters
+        return parameters[name] if name in parameters else module._buffers.get(name)
+
+    def late_reset(self, module: Any) -> str:
+        """The correction after firing: it asks reset_mechanism_val at run time, the state update was chosen before."""
+        if not self.delays or module.reset_delay:
+            return "none"
+        return _RESET_VALUES[int(values_of(module.reset_mechanism_val))]
+
+    def replaced(self, module: Any) -> str | None:
+        """What was replaced of the methods of its step, or None."""
+        for name, original in self.methods.items():
+            if getattr(type(module), name) is not original or name in module.__dict__:
+                return f"its method {name} was replaced"
+        function = module.__dict__["state_function"]
+        update: str = getattr(function, "__name__", "")
+        if getattr(function, "__self__", None) is not module or update not in _RESETS:
+            return "its state_function was replaced"
+        if function.__func__ is not self.methods[update]:
+            return "its state_function was replaced"
+        if self.late_reset(module) not in ("none", _RESETS[update]):
+            return "reset_mechanism was changed after construction: the state update and the late reset disagree"
+        return None
+
+    def dynamics(self, module: Any) -> Dynamics:
+        """The dynamics of a module nothing of which was replaced."""
+        return self.describe(_RESETS[module.state_function.__name__], self.late_reset(module) != "none")
+
+
+def _kind(cls: Any, states: tuple[str, ...], parameters: tuple[str, ...], describe: Any, derive: Any, *,
+          methods: tuple[str, ...] = (), delays: bool = True, constants: Mapping[str, str] | None = None) -> Kind:
+    called = ("fire", "mem_reset", "_base_state_function", *_RESETS, *methods)
+    originals = {name: getattr(cls, name) for name in called}
+    return Kind(states, parameters, describe, derive, cls.forward, originals, delays, constants or {})
+
+
+def _leaky(p: Mapping[str, Tensor]) -> Derived:
+    return p["beta"].clamp(0, 1), p["threshold"], p["graded_spikes_factor"]
+
+
+def _synaptic(p: Mapping[str, Tensor]) -> Derived:
+    return *_leaky(p), p["alpha"].clamp(0, 1)
+
+
+def _lapicque(p: Mapping[str, Tensor]) -> Derived:
+    r, c, dt = p["R"], p["C"], p["time_step"]
+    return 1 - (dt / (r * c)), p["threshold"], p["graded_spikes_factor"], r, 1 / (r * c), dt
+
+
+def _alpha(p: Mapping[str, Tensor]) -> Derived:
+    a, b = p["alpha"].clamp(0, 1), p["beta"].clamp(0, 1)
+    tau = torch.log(a) / (torch.log(b) - torch.log(a)) + 1
+    return tau, p["threshold"], p["graded_spikes_factor"], a, b
+
+
+_LEARNED_RC = "it is computed from a learnable beta once, when the layer is made"
+
+KINDS: dict[type, Kind] = {
+    snn.Leaky: _kind(snn.Leaky, ("mem",), ("beta", *_FIRING), leaky, _leaky),
+    snn.Synaptic: _kind(snn.Synaptic, ("syn", "mem"), ("alpha", "beta", *_FIRING), synaptic, _synaptic,
+                        methods=("_base_state_reset_zero",)),
+    snn.Lapicque: _kind(snn.Lapicque, ("mem",), ("R", "C", "time_step", *_FIRING), lambda reset, _: lapicque(reset),
+                        _lapicque, delays=False, constants=dict.fromkeys(("R", "C", "time_step"), _LEARNED_RC)),
+    snn.Alpha: _kind(snn.Alpha, ("syn_exc", "syn_inh", "mem"), ("alpha", "beta", *_FIRING),
+                     lambda reset, _: alpha(reset), _alpha, methods=("_base_state_reset_sub_function",), delays=False),
+}

@@ -1,0 +1,130 @@
+"""The one table of what is supported: the documentation, the warnings and the tests are made from it.
+
+``python -m snn_sparse_backend info --support`` prints it as Markdown, which is what ``docs/support.md`` has.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .fallback import report
+
+HOST_CODE = "the host library's own code"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Some classes of a library.
+
+    Args:
+        names: of the classes; an installed version may not have them all.
+        fused: whether the backend runs them.
+        note: what is covered and what is left to the host's code; or why all of it is, as a warning goes on after
+            "because".
+    """
+
+    library: str
+    names: tuple[str, ...]
+    fused: bool
+    note: str
+
+
+_RESETS = "every reset; learnable and per-neuron parameters; any trailing shape"
+_LEFT = "left to the host: inhibition, state_quant, surrogates without a known formula"
+_BROADCAST = "learnable parameters of any broadcast shape; any state"
+_METHODS = f"every `method`; {_BROADCAST}"
+_RECURRENT = "its recurrent product is not fused"
+_WHOLE = "it takes whole sequences in one call, and there is no time loop to fuse"
+
+SUPPORT = (
+    Row("snntorch", ("Leaky", "Synaptic"), True, f"{_RESETS}; reset_delay; {_LEFT}"),
+    Row("snntorch", ("Lapicque", "Alpha"), True, f"{_RESETS}; {_LEFT}; Lapicque: learn_beta"),
+    Row("snntorch", ("RLeaky", "RSynaptic"), False, _RECURRENT),
+    Row("snntorch", ("SLSTM", "SConv2dLSTM"), False, "its gates are dense products of dense states"),
+    Row("snntorch", ("DeltaLeaky",), False, "it fires on differences of its membrane, for which there is no kernel"),
+    Row("snntorch", ("LeakyParallel", "StateLeaky", "LinearLeaky", "AssociativeLeaky"), False, _WHOLE),
+    Row("norse", ("LIF", "LIFCell"), True,
+        f"{_METHODS}; left to the host: sparse COO input, Norse 1.0's order of the step, an alpha per neuron"),
+    Row("norse", ("LI", "LICell", "LIBox", "LIBoxCell"), True, _BROADCAST),
+    Row("norse", ("LIFBox", "LIFBoxCell"), True,
+        f"{_METHODS}; both reset methods; left to the host: other reset methods"),
+    Row("norse", ("IAF", "IAFCell"), True, _METHODS),
+    Row("norse", ("LSNN", "LSNNCell"), True,
+        f"{_METHODS}; left to the host: adjoint=True, states with fewer dimensions than the input"),
+    Row("norse", ("LIFRecurrent", "LIFRecurrentCell", "LSNNRecurrent", "LSNNRecurrentCell"), False, _RECURRENT),
+    Row("norse", ("LILinearCell",), False, "its product is part of the step"),
+    Row("norse", ("LIFEx", "LIFExCell", "LIFExRecurrent", "LIFExRecurrentCell", "LIFAdEx", "LIFAdExCell",
+                  "LIFAdExRecurrent", "LIFAdExRecurrentCell", "LIFAdExRefracCell", "LIFAdExRefracRecurrentCell",
+                  "LIFAdExRefracRecurrent"), False, "its exponential would have to be PyTorch's to the bit"),
+    Row("norse", ("LIFRefracCell", "LIFRefracRecurrentCell", "LIFRefracRecurrent"), False,
+        "its refractory counter has a threshold of its own"),
+    Row("norse", ("Izhikevich", "IzhikevichCell", "IzhikevichRecurrent", "IzhikevichRecurrentCell", "CobaLIFCell",
+                  "LIFMCRecurrentCell", "LIFMCRefracRecurrentCell", "LIFCorrelation"), False,
+        "there is no kernel for its equations"),
+)
+
+
+def names(library: str, fused: bool = True) -> list[str]:
+    """The classes of a library that are, or are not, fused."""
+    return [name for row in SUPPORT if row.library == library and row.fused is fused for name in row.names]
+
+
+def reasons(library: str) -> dict[str, str]:
+    """Why classes of a library are left to its own code, by their names."""
+    return {name: row.note for row in SUPPORT if row.library == library and not row.fused for name in row.names}
+
+
+def reporting(host: Callable[..., Any], reason: str, options_of: Callable[[Any], Any]) -> Callable[..., Any]:
+    """A ``forward`` that runs the host's and says so where the backend is on."""
+
+    @functools.wraps(host)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled() and options_of(self) is not None:
+            report(self, reason)
+        return host(self, *args, **kwargs)
+
+    return forward
+
+
+class Bystanders:
+    """The classes of a library that the backend leaves alone, but for a warning while it is on.
+
+    Args:
+        library: its name.
+        classes: finds a class by its name; None if the installed version has none.
+        options_of: the options in force for a module.
+    """
+
+    def __init__(self, library: str, classes: Callable[[str], Any], options_of: Callable[[Any], Any]) -> None:
+        found = {name: classes(name) for name in reasons(library)}
+        self.reasons = {host: reasons(library)[name] for name, host in found.items() if host is not None}
+        self._own = {host: vars(host).get("forward") for host in self.reasons}
+        self._wrapped = {host: reporting(host.forward, reason, options_of) for host, reason in self.reasons.items()}
+
+    def watch(self, on: bool) -> None:
+        """Lets them warn, or be as they were."""
+        for host, own in self._own.items():
+            if on:
+                host.forward = self._wrapped[host]
+            elif own is not None:
+                host.forward = own
+            elif "forward" in vars(host):
+                del host.forward
+
+    def within(self, modules: Iterable[Any]) -> list[tuple[Any, str]]:
+        """Those among some modules, and why they are left alone."""
+        return [(module, self.reasons[type(module)]) for module in modules if type(module) in self.reasons]
+
+
+def markdown() -> str:
+    """The table as Markdown."""
+    lines = ["| library | class | runs on | notes |", "|---|---|---|---|"]
+    for row in SUPPORT:
+        where, note = ("kernels", row.note) if row.fused else (HOST_CODE, f"because {row.note}")
+        lines.append(f"| {row.library} | {', '.join(f'`{name}`' for name in row.names)} | {where} | {note} |")
+    return "\n".join(lines) + "\n"
