@@ -23,7 +23,7 @@ from ..dynamics import leaky
 from ..lanes import steps as lane_steps
 from ..native import DTYPES
 from ..neuron_tape import run_neuron
-from ..recorder import Plan
+from ..recorder import Plan, Recurrence
 from ..reports import densities_of
 from . import synapses
 from .adapter import OPTIONS, Adapter, truncate
@@ -33,6 +33,7 @@ from .snntorch_neurons import KINDS, Kind
 from .support import Bystanders
 
 LIBRARY = "snntorch"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def options_of(module: Any) -> Options | None:
@@ -61,9 +62,22 @@ def alpha_forward(self: Any, input_: Tensor, syn_exc: Tensor | None = None, syn_
     return _forward(_ALPHA, self, input_, (syn_exc, syn_inh, mem))
 
 
-_LEAKY, _SYNAPTIC, _LAPICQUE, _ALPHA = (KINDS[c] for c in (snn.Leaky, snn.Synaptic, snn.Lapicque, snn.Alpha))
-_FORWARDS: dict[Any, Any] = {snn.Leaky: leaky_forward, snn.Synaptic: synaptic_forward,
-                             snn.Lapicque: lapicque_forward, snn.Alpha: alpha_forward}
+def rleaky_forward(self: Any, input_: Tensor, spk: Tensor | None = None, mem: Tensor | None = None) -> Any:
+    """Replaces ``snn.RLeaky.forward``, see :func:`leaky_forward`."""
+    return _forward(_RLEAKY, self, input_, (spk, mem))
+
+
+def rsynaptic_forward(self: Any, input_: Tensor, spk: Tensor | None = None, syn: Tensor | None = None,
+                      mem: Tensor | None = None) -> Any:
+    """Replaces ``snn.RSynaptic.forward``, see :func:`leaky_forward`."""
+    return _forward(_RSYNAPTIC, self, input_, (spk, syn, mem))
+
+
+_FORWARDS: dict[Any, Any] = {
+    snn.Leaky: leaky_forward, snn.Synaptic: synaptic_forward, snn.Lapicque: lapicque_forward, snn.Alpha: alpha_forward,
+    snn.RLeaky: rleaky_forward, snn.RSynaptic: rsynaptic_forward,
+}
+_LEAKY, _SYNAPTIC, _LAPICQUE, _ALPHA, _RLEAKY, _RSYNAPTIC = (KINDS[host] for host in _FORWARDS)
 
 
 def _forward(kind: Kind, module: Any, x: Tensor, given: tuple[Tensor | None, ...]) -> Any:
@@ -74,9 +88,8 @@ def _forward(kind: Kind, module: Any, x: Tensor, given: tuple[Tensor | None, ...
     if options is None or not torch.is_grad_enabled() or (module.init_hidden and passed):
         return kind.host(module, x, *given)
     buffers = module._buffers
-    *others, membrane = [buffers.get(name) if state is None else state
-                         for name, state in zip(kind.states, given, strict=True)]
-    states = [membrane, *others]  # as the kernels have them
+    states = kind.inner([buffers.get(name) if state is None else state
+                         for name, state in zip(kind.states, given, strict=True)])
     done = lane_steps.neuron(module, options, x, *states)
     if done is not None:
         return _hand_out(kind, module, done[0], done[1:])
@@ -90,7 +103,7 @@ def _forward(kind: Kind, module: Any, x: Tensor, given: tuple[Tensor | None, ...
         return kind.host(module, x, *given)
     assert plan is not None
     states = [s if s.shape == x.shape else torch.zeros_like(x, device=s.device) for s in states]
-    if not any(t.requires_grad for t in (x, *states, *plan.parameters)):
+    if not any(t.requires_grad for t in (x, *states, *plan.leaves)):
         return kind.host(module, x, *given)
     synapses.learn_source(x, module, options_of)
     lane_steps.prepare()
@@ -108,10 +121,12 @@ def _hand_out(kind: Kind, module: Any, spk: Tensor, states: Sequence[Tensor]) ->
     if len(states) == 1:
         buffers["mem"] = states[0]
     else:
-        states = (*states[1:], states[0])
+        states = kind.outer(states)
         for name, state in zip(kind.states, states, strict=True):
             buffers[name] = state
-    return (spk, *states) if module.output or not module.init_hidden else spk
+    if module.init_hidden and not module.output:
+        return spk
+    return tuple(states) if kind.recurrent else (spk, *states)
 
 
 def _problem(kind: Kind, module: Any, x: Tensor, states: Sequence[Tensor]) -> str | None:
@@ -127,7 +142,9 @@ def _problem(kind: Kind, module: Any, x: Tensor, states: Sequence[Tensor]) -> st
         return "snnTorch emits float32 spikes for a float64 membrane"
     if not x.numel():
         return "the input is empty"
-    for name, state in zip(("mem", *kind.states), states, strict=False):
+    if kind.recurrent and x.dim() > 2:
+        return f"inputs of shape {tuple(x.shape)} are not supported, only [B, N] and [N]"
+    for name, state in zip(kind.inner(kind.states), states, strict=True):
         if state.shape != x.shape:
             continue
         if state.dtype != x.dtype:
@@ -147,7 +164,13 @@ _plans = PlanCache()
 def _plan_of(kind: Kind, module: Any, options: Options, x: Tensor) -> tuple[Plan | None, str | None]:
     """The plan of a module, made anew whenever something it depends on changed; or why there is none."""
     own = module.__dict__
+    if kind.recurrent:
+        problem = _recurrence_problem(module)
+        if problem is not None:
+            return None, problem
     tensors = {name: kind.find(module, name) for name in (*kind.parameters, "reset_mechanism_val")}
+    if kind.recurrent and tensors["recurrent.bias"] is None:
+        del tensors["recurrent.bias"]
     if any(tensor is None for tensor in tensors.values()):
         return None, "one of its parameters is not an ordinary parameter or buffer"
     spike_grad, update = own.get("spike_grad"), own["state_function"]
@@ -159,6 +182,16 @@ def _plan_of(kind: Kind, module: Any, options: Options, x: Tensor) -> tuple[Plan
     )
     alive = (options, spike_grad, *tensors.values())
     return _plans.find(module, key, alive, lambda: _new_plan(kind, module, options, x, tensors))
+
+
+def _recurrence_problem(module: Any) -> str | None:
+    """Why the recurrence of a module is not one that the kernels know."""
+    recurrent = module._modules.get("recurrent")
+    if type(recurrent) is not nn.Linear:
+        return "its recurrence is not a Linear from all neurons to all"
+    if any(getattr(recurrent, hooks) for hooks in _HOOKS) or "forward" in vars(recurrent):
+        return "its recurrence has hooks"
+    return None
 
 
 def _new_plan(kind: Kind, module: Any, options: Options, x: Tensor,
@@ -178,12 +211,35 @@ def _settings_problem(kind: Kind, module: Any, x: Tensor, tensors: dict[str, Ten
     problem = kind.replaced(module)
     if problem is not None:
         return problem
-    for name in kind.parameters:
-        problem = _parameter_problem(name, tensors[name], x)
+    if kind.recurrent:
+        problem = _graded_problem(kind, module, tensors)
+        if problem is not None:
+            return problem
+    for name in (name for name in kind.parameters if name in tensors):
+        problem = _weight_problem(name, tensors[name], x) if "." in name else _parameter_problem(name, tensors[name], x)
         if problem is None and name in kind.constants and tensors[name].requires_grad:
             problem = f"{name} requires grad: {kind.constants[name]}"
         if problem is not None:
             return problem
+    return None
+
+
+def _graded_problem(kind: Kind, module: Any, tensors: dict[str, Tensor]) -> str | None:
+    factor = tensors["graded_spikes_factor"]
+    if factor.requires_grad or not bool((values_of(factor) == 1).all()):
+        return "graded spikes through a recurrence are not supported"
+    if module.reset_delay or isinstance(module, snn.RLeaky):
+        return None
+    return "its late reset works on the states that were passed in, and not on its own"
+
+
+def _weight_problem(name: str, weight: Tensor, x: Tensor) -> str | None:
+    problem = tensor_problem(x, weight)
+    if problem is not None:
+        return f"{name}: {problem}"
+    size = x.shape[-1]
+    if weight.dtype is not x.dtype or tuple(weight.shape) not in ((size, size), (size,)):
+        return f"{name} of shape {tuple(weight.shape)} and dtype {weight.dtype} does not fit the input"
     return None
 
 
@@ -210,12 +266,13 @@ def _make_plan(kind: Kind, module: Any, options: Options, tensors: dict[str, Ten
         dynamics=kind.dynamics(module),
         surrogate=surrogate.within(options.cutoff),
         options=options,
-        parameters=tuple(tensors[name] for name in kind.parameters),
+        parameters=tuple(tensors[name] for name in kind.parameters if "." not in name),
+        recurrence=Recurrence(tensors["recurrent.weight"], tensors.get("recurrent.bias")) if kind.recurrent else None,
         derive=lambda: kind.derive(tensors),
         unit_spikes=not factor.requires_grad and bool((values_of(factor) == 1).all()),
         densities=densities_of(module),
         module=weakref.ref(module),
-        guard=_guard(kind, module, tensors),
+        guard=() if kind.recurrent else _guard(kind, module, tensors),
     )
 
 
@@ -241,7 +298,7 @@ def _firing(plan: Plan) -> Plan:
         values = derived()
         return torch.zeros(()), values[threshold], values[factor]
 
-    return replace(plan, dynamics=leaky("none", False), derive=derive, module=None)
+    return replace(plan, dynamics=leaky("none", False), derive=derive, module=None, recurrence=None)
 
 
 # ---------------------------------------------------------------------------------------------------- switching

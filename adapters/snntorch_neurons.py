@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import snntorch as snn
 import torch
 from torch import Tensor
 
-from ..dynamics import Dynamics, alpha, lapicque, leaky, synaptic
+from ..dynamics import Dynamics, alpha, lapicque, leaky, rleaky, rsynaptic, synaptic
 from .plans import values_of
 
 Derived = tuple[Tensor, ...]
@@ -25,7 +25,8 @@ class Kind:
     """A class of neurons.
 
     Args:
-        states: names of its buffers that are states, in the order in which it takes and returns them; ``mem`` is last.
+        states: names of its buffers that are states, in the order in which it takes and returns them.
+        order: where each state of the dynamics is among them.
         parameters: names of the parameters or buffers that its step reads.
         constants: those of them that may not require grad, each with the reason.
         describe: ``(reset, late) -> dynamics``.
@@ -36,6 +37,7 @@ class Kind:
     """
 
     states: tuple[str, ...]
+    order: tuple[int, ...]
     parameters: tuple[str, ...]
     describe: Callable[[str, bool], Dynamics]
     derive: Callable[[Mapping[str, Tensor]], Derived]
@@ -44,8 +46,24 @@ class Kind:
     delays: bool = True
     constants: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def recurrent(self) -> bool:
+        """Whether its spikes drive its next step: then they are the first of its states."""
+        return self.states[0] == "spk"
+
+    def inner(self, states: Sequence[Any]) -> list[Any]:
+        """States in the order of the dynamics."""
+        return [states[place] for place in self.order]
+
+    def outer(self, states: Sequence[Any]) -> list[Any]:
+        """States in the order of the class, from that of the dynamics."""
+        return [states[self.order.index(place)] for place in range(len(states))]
+
     def find(self, module: Any, name: str) -> Any:
-        """A parameter or buffer."""
+        """A parameter or buffer; those of the recurrence have a dot in their name."""
+        owner, _, own = name.rpartition(".")
+        if owner:
+            return getattr(module._modules.get(owner), own, None)
         parameters = module._parameters
         return parameters[name] if name in parameters else module._buffers.get(name)
 
@@ -79,7 +97,10 @@ def _kind(cls: Any, states: tuple[str, ...], parameters: tuple[str, ...], descri
           methods: tuple[str, ...] = (), delays: bool = True, constants: Mapping[str, str] | None = None) -> Kind:
     called = ("fire", "mem_reset", "_base_state_function", *_RESETS, *methods)
     originals = {name: getattr(cls, name) for name in called}
-    return Kind(states, parameters, describe, derive, cls.forward, originals, delays, constants or {})
+    inner = (len(states) - 1, *range(len(states) - 1))  # the membrane first
+    if states[0] == "spk":  # and the spikes last
+        inner = (*inner[:1], *inner[2:], 0)
+    return Kind(states, inner, parameters, describe, derive, cls.forward, originals, delays, constants or {})
 
 
 def _leaky(p: Mapping[str, Tensor]) -> Derived:
@@ -101,6 +122,7 @@ def _alpha(p: Mapping[str, Tensor]) -> Derived:
     return tau, p["threshold"], p["graded_spikes_factor"], a, b
 
 
+_WEIGHTS = ("recurrent.weight", "recurrent.bias")
 _LEARNED_RC = "it is computed from a learnable beta once, when the layer is made"
 
 KINDS: dict[type, Kind] = {
@@ -111,4 +133,7 @@ KINDS: dict[type, Kind] = {
                         _lapicque, delays=False, constants=dict.fromkeys(("R", "C", "time_step"), _LEARNED_RC)),
     snn.Alpha: _kind(snn.Alpha, ("syn_exc", "syn_inh", "mem"), ("alpha", "beta", *_FIRING),
                      lambda reset, _: alpha(reset), _alpha, methods=("_base_state_reset_sub_function",), delays=False),
+    snn.RLeaky: _kind(snn.RLeaky, ("spk", "mem"), ("beta", *_FIRING, *_WEIGHTS), rleaky, _leaky),
+    snn.RSynaptic: _kind(snn.RSynaptic, ("spk", "syn", "mem"), ("alpha", "beta", *_FIRING, *_WEIGHTS),
+                         lambda reset, _: rsynaptic(reset), _synaptic, methods=("_base_state_reset_zero",)),
 }

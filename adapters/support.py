@@ -44,7 +44,9 @@ _WHOLE = "it takes whole sequences in one call, and there is no time loop to fus
 SUPPORT = (
     Row("snntorch", ("Leaky", "Synaptic"), True, f"{_RESETS}; reset_delay; {_LEFT}"),
     Row("snntorch", ("Lapicque", "Alpha"), True, f"{_RESETS}; {_LEFT}; Lapicque: learn_beta"),
-    Row("snntorch", ("RLeaky", "RSynaptic"), False, _RECURRENT),
+    Row("snntorch", ("RLeaky", "RSynaptic"), True,
+        f"a Linear from all neurons to all; {_RESETS}; {_LEFT}; other recurrences, graded spikes, more than two "
+        "dimensions; RSynaptic: reset_delay=False"),
     Row("snntorch", ("SLSTM", "SConv2dLSTM"), False, "its gates are dense products of dense states"),
     Row("snntorch", ("DeltaLeaky",), False, "it fires on differences of its membrane, for which there is no kernel"),
     Row("snntorch", ("LeakyParallel", "StateLeaky", "LinearLeaky", "AssociativeLeaky"), False, _WHOLE),

@@ -7,7 +7,10 @@
 #include <cstdint>
 
 enum SnnDtype : int32_t { kFloat32 = 0, kFloat64 = 1 };
-enum SnnModel : int32_t { kLeaky, kSynaptic, kLapicque, kAlpha, kLif, kLi, kLifBox, kLiBox, kIaf, kLsnn };
+enum SnnModel : int32_t {
+  kLeaky, kSynaptic, kLapicque, kAlpha, kRLeaky, kRSynaptic,
+  kLif, kLi, kLifBox, kLiBox, kIaf, kLsnn, kLifRecurrent, kLsnnRecurrent
+};
 enum SnnReset : int32_t { kSubtract, kZero, kNone, kValue };  // kValue: to a reset potential
 
 constexpr int kMaxStates = 3, kMaxTraces = 2, kMaxParameters = 7;
@@ -57,6 +60,7 @@ struct SnnNeuronForward {
   SnnLayer layer;
   int64_t steps;
   const void* const* input;              // [steps] -> [rows, cols] current
+  const void* const* recurrent;          // [steps] -> [rows, cols] current of the recurrence; of recurrent models only
   const void* state_in[kMaxStates];      // [rows, cols] states before the first step
   void* state_out[kMaxStates];           // [rows, cols] states after the last step done
   void* const* states[kMaxStates];       // [steps] -> [rows, cols] states after each step
@@ -77,13 +81,17 @@ struct SnnNeuronForward {
   SnnReport report;                      // CUDA: active sites, spikes; or null counts
 };
 
+// The tables may begin some steps after the beginning of the sequence: then `earlier` is not 0, and they have an entry
+// before the first as well.
 struct SnnNeuronBackward {
   SnnLayer layer;
-  int64_t steps;
+  int64_t steps, earlier;
   const void* const* grad_output;             // [steps] -> [rows, cols], null where no gradient arrived
   // [steps] -> gradient of the output at the active sites only. CPU: [active sites]. CUDA: [rows, cols], rest unread.
   const void* const* grad_active;
   const void* const* grad_states[kMaxStates]; // [steps] -> [rows, cols]
+  const void* grad_recurrent;                 // [rows, cols] of the output of the last step, from the recurrence; or null
+  const void* carry_in[kMaxStates];           // [rows, cols] of the states after the last step, from later ones; or null
   const uint64_t* const* raster;
   const uint64_t* const* reset;
   const uint64_t* const* active;
@@ -195,6 +203,21 @@ struct SnnInputGradient {
   const uint64_t* transposed;   // CUDA: [inputs, words of rows]
   void* grad_active;  // CPU: [events], in the order of their ranks. CUDA: [rows, inputs], written at the sites only
   int32_t dtype, threads;
+};
+
+// CPU: the steps of a recurrent layer, whose product walks the spikes of the step before. The scan is that of all steps;
+// its table `recurrent` is set here. Returns the number of steps done, as the scan does.
+struct SnnRecurrentForward {
+  SnnNeuronForward scan;      // with a raster of every step
+  SnnSynapseForward product;  // its raster, rows and current are set here
+  void* current;              // [rows, cols] of the recurrence: that of the first step; overwritten
+};
+
+// CPU: backward through these steps, where gradients through the recurrence are wanted at active sites only.
+struct SnnRecurrentBackward {
+  SnnNeuronBackward scan;     // grad_input and all of grad_state_in are needed
+  const void* tiles;          // of the recurrent weight
+  void* through;              // [rows, cols] working memory, finite
 };
 
 // ---- images: CPU only. Images of a row are [channels, height, width], and so are its raster's columns. ----

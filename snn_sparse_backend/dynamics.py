@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 INPUT, SPIKE = "x", "spike"
+WEIGHT, BIAS = "weight", "bias"  # of the recurrence
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Dynamics:
         states: names of the state variables that a step takes and returns, membrane potential first.
         parameters: names of the parameters, in the order of the struct.
         firing: what the spike of a step is computed from as autograd sees it: the input ``INPUT``, states before the
-            step, parameters.
+            step, parameters, ``WEIGHT`` and ``BIAS``.
         flows: the same of the output, and of each state after a step; these may depend on the spike as well, ``SPIKE``.
         spikes: whether it has a threshold comparison (an integrator returns its membrane instead).
         threshold: index of the firing threshold among the parameters.
@@ -46,6 +47,8 @@ class Dynamics:
         needs_membrane: parameters whose gradient needs the membrane potential of every site and step.
         traces: in the order of the struct.
         constants: parameters that have no gradient.
+        recurrent: the spikes of a step are multiplied by a weight and drive the next. Then they are the last of the
+            states, which the kernels do not have among theirs.
     """
 
     name: str
@@ -64,6 +67,17 @@ class Dynamics:
     needs_membrane: tuple[int, ...] = ()
     traces: tuple[Trace, ...] = ()
     constants: tuple[int, ...] = ()
+    recurrent: bool = False
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        """The states that the kernels carry from step to step."""
+        return self.states[:-1] if self.recurrent else self.states
+
+    @property
+    def inputs_of_node(self) -> tuple[str, ...]:
+        """What the autograd node of a sequence has as its inputs, before those of the steps."""
+        return (*self.states, *self.parameters, *((WEIGHT, BIAS) if self.recurrent else ()))
 
     def _flows(self, differentiable: bool) -> list[frozenset[str]]:
         """What output and states are computed from, spikes resolved; a spike may have no gradient at all."""
@@ -71,9 +85,9 @@ class Dynamics:
         return [(flow - {SPIKE}) | through if SPIKE in flow else flow for flow in self.flows]
 
     def reached(self, last_output: int, last_states: Sequence[int],
-                differentiable: bool = True) -> tuple[list[bool], list[bool], int]:
-        """Which parameters and which initial states a gradient reaches at all, and of how many steps the input; the
-        others get None, not zeros.
+                differentiable: bool = True) -> tuple[set[str], int]:
+        """Which of the node's inputs a gradient reaches at all, and of how many steps the input; the others get None,
+        not zeros.
 
         Args:
             last_output: last step (from 0) whose output received a gradient, -1 if none did.
@@ -91,18 +105,18 @@ class Dynamics:
             without += INPUT not in found | live
             found |= live
         steps = max(last_output, *last_states) + 1
-        return [name in found for name in self.parameters], [name in live for name in self.states], steps - without
+        return (found - set(self.states)) | (live & set(self.states)), steps - without
 
     def attached(self, given: Sequence[bool], steps: int = 1, differentiable: bool = True) -> list[bool]:
         """Whether the output and each state require grad after some steps.
 
         Args:
-            given: whether the input, each initial state and each parameter do.
+            given: whether the input and each of ``inputs_of_node`` do.
             steps: after how many steps; the output counts if it does after any of them.
             differentiable: whether spikes pass gradients on.
         """
         flows = self._flows(differentiable)
-        requiring = {name for name, requires in zip((INPUT, *self.states, *self.parameters), given, strict=True)
+        requiring = {name for name, requires in zip((INPUT, *self.inputs_of_node), given, strict=True)
                      if requires}
         constant = requiring - set(self.states)
         output = False
@@ -176,6 +190,39 @@ def synaptic(reset: str, late_reset: bool) -> Dynamics:
         needs_membrane=(0,),
         traces=(Trace("syn", (3,)),),
         **_reset_options(reset, late_reset),  # type: ignore[arg-type]
+    )
+
+
+def rleaky(reset: str, late_reset: bool) -> Dynamics:
+    """snnTorch ``RLeaky`` with a recurrence from all neurons to all."""
+    return Dynamics(
+        name="RLeaky",
+        model="kRLeaky",
+        states=("mem", "spk"),
+        parameters=("beta", "threshold", _FACTOR),
+        firing=_flow("x mem spk beta threshold weight bias"),
+        flows=_flows(f"spike {_FACTOR}", f"x mem spk beta weight bias {_membrane_flow(reset, late_reset)}",
+                     f"spike {_FACTOR}"),
+        needs_membrane=(0,),
+        recurrent=True,
+        **_reset_options(reset, late_reset),  # type: ignore[arg-type]
+    )
+
+
+def rsynaptic(reset: str) -> Dynamics:
+    """snnTorch ``RSynaptic`` with a recurrence from all neurons to all."""
+    return Dynamics(
+        name="RSynaptic",
+        model="kRSynaptic",
+        states=("mem", "syn", "spk"),
+        parameters=("beta", "threshold", _FACTOR, "alpha"),
+        firing=_flow("x mem syn spk alpha beta threshold weight bias"),
+        flows=_flows(f"spike {_FACTOR}", f"x mem syn spk alpha beta weight bias {_membrane_flow(reset, False)}",
+                     "x syn spk alpha weight bias", f"spike {_FACTOR}"),
+        needs_membrane=(0,),
+        traces=(Trace("syn", (3,)),),
+        recurrent=True,
+        **_reset_options(reset, False),  # type: ignore[arg-type]
     )
 
 
@@ -290,4 +337,30 @@ LSNN = Dynamics(
     attached_reset=True,
     needs_membrane=(0,),
     traces=(Trace("b after its decay", always=True), Trace("i before its decay", (0, 1))),
+)
+
+LIF_RECURRENT = Dynamics(
+    name="LIFRecurrent",
+    model="kLifRecurrent",
+    states=("v", "i", "z"),
+    parameters=LIF.parameters,
+    firing=_flow("x v i z tau_mem v_leak v_th weight"),
+    flows=_flows("spike", "x v i z tau_mem v_leak v_reset weight", "x i z tau_syn weight", "spike"),
+    threshold=3,
+    needs_membrane=(0,),
+    traces=LIF.traces,
+    recurrent=True,
+)
+
+LSNN_RECURRENT = Dynamics(
+    name="LSNNRecurrent",
+    model="kLsnnRecurrent",
+    states=("v", "i", "b", "z"),
+    parameters=LSNN.parameters,
+    firing=LSNN.firing,
+    flows=_flows("spike", "v i tau_mem v_leak v_reset", "x i z tau_syn weight", "b tau_adapt v_th beta", "spike"),
+    threshold=4,
+    needs_membrane=(0,),
+    traces=LSNN.traces,
+    recurrent=True,
 )

@@ -195,12 +195,12 @@ class SynapseForward:
         self.outputs, self.inputs = weight.shape
         self.tiles = pack_weights(weight, tiles)
         self.bias = bias.contiguous() if bias is not None else None
-        self._arguments = STRUCTS["SnnSynapseForward"](
+        self.arguments = STRUCTS["SnnSynapseForward"](
             inputs=self.inputs, outputs=self.outputs, tiles=self.tiles.data_ptr(), dtype=DTYPES[weight.dtype],
             bias=self.bias.data_ptr() if self.bias is not None else None,
         )
         self.add_in(order)
-        self._address, self._kernel = ctypes.addressof(self._arguments), kernel("synapse_forward", weight.device)
+        self._address, self._kernel = ctypes.addressof(self.arguments), kernel("synapse_forward", weight.device)
 
     def add_in(self, order: Order) -> None:
         """From now on, adds in this order.
@@ -214,8 +214,8 @@ class SynapseForward:
         if not 0 <= order.apart < max(len(ends), 1):
             raise ValueError(f"order: expected less than {len(ends)} runs apart, got {order.apart}")
         self._chunk_ends = (ctypes.c_int64 * len(ends))(*ends)
-        self._arguments.chunks, self._arguments.apart = len(ends), order.apart
-        self._arguments.chunk_ends = ctypes.addressof(self._chunk_ends) if ends else None
+        self.arguments.chunks, self.arguments.apart = len(ends), order.apart
+        self.arguments.chunk_ends = ctypes.addressof(self._chunk_ends) if ends else None
 
     def __call__(self, raster: Raster, factors: torch.Tensor | None = None,
                  out: torch.Tensor | None = None) -> torch.Tensor:
@@ -228,7 +228,7 @@ class SynapseForward:
         """
         if raster.cols != self.inputs:
             raise ValueError(f"expected a raster of {self.inputs} columns, as the weight has inputs, got {raster.cols}")
-        a, rows = self._arguments, raster.rows
+        a, rows = self.arguments, raster.rows
         shape, like = (rows, self.outputs), self.tiles
         current = like.new_empty(shape) if out is None else _check(out, "out", shape, like.dtype, like.device)
         a.raster, a.rows, a.current = raster.address, rows, current.data_ptr()

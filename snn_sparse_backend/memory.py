@@ -220,7 +220,7 @@ def _walk(outputs: Iterable[Tensor]) -> tuple[list[Tape], list[Any]]:
 def _sources(tape: Tape) -> Iterator[tuple[int, Tape]]:
     """The tapes that a tape itself knows before it, each with the edge that leads there."""
     if isinstance(tape, NeuronTape):
-        first = len(tape.plan.dynamics.states) + len(tape.plan.dynamics.parameters)
+        first = len(tape.plan.dynamics.inputs_of_node)
         links = [(first + i, block.source) for i, block in enumerate(tape.blocks)]
     elif isinstance(tape, SynapseTape):
         links = [(2 + i, step.spikes) for i, step in enumerate(tape.steps)]  # type: ignore[misc]

@@ -16,11 +16,15 @@ from .compat.cuda import current_stream
 from .counters import counts
 from .feeds import FeedTape
 from .lanes import ROLES, Chain, NeuronRun, take
+from .kernels import columns, density, pack_weights, unpack, weight_gradient
 from .native import address_of, event_parallel
 from .raster import Raster
-from .recorder import Block, Plan, Recorder, Result
-from .scans import Layer, neuron_backward
+from .recorder import Block, Plan, Recorder, Recurrence, Result
+from .recurrence import RecurrentScan
+from .recurrence import backward as recurrent_backward
+from .scans import BackwardScan, Layer
 from .stores import HostStore
+from .synapse_steps import check_version
 from .synapse_tape import SynapseTape
 from .tables import Incoming, Recorded
 from .tapes import TAG, TOPOLOGICAL_SLACK, Delivery, Links, SpikeTag, Tape, part
@@ -48,7 +52,10 @@ class NeuronTape(Tape):
         self.state_kinds = [(s.shape, s.device) for s in states]
         learned = {i for i, p in enumerate(self.parameters) if p.requires_grad}
         self.recorder = Recorder(plan, self.layer, learned)
-        self.state_in = self.recorder.full(states) if learned else []
+        carried = len(plan.dynamics.carried)
+        self.state_in = self.recorder.full(states[:carried]) if learned else []
+        self.spikes_in = self.recorder.full(states[carried:])  # of a recurrent layer
+        self.weight_version = plan.recurrence.weight._version if plan.recurrence is not None else 0
         # The gradient of the graded spikes factor needs the gradient of every spike, active or not.
         self.needs_all_spike_gradients = "graded_spikes_factor" in {plan.dynamics.parameters[i] for i in learned}
         self._blocks: Chain[Block] = Chain()
@@ -81,28 +88,32 @@ class NeuronTape(Tape):
     def commit(self, result: Result, x: torch.Tensor, states: Sequence[torch.Tensor]) -> bool:
         """Makes the result part of the graph; False if the order of the graph forbids it (nothing changed then)."""
         node, plan, index = load_node(), self.plan, len(self._blocks)
-        given = [x, *states, *self.parameters]
-        attached = plan.dynamics.attached([t.requires_grad for t in given], result.block.steps,
-                                          differentiable=plan.surrogate.differentiable)[1:]
+        before = [*states, *self.parameters]
+        if plan.recurrence is not None:
+            before += [plan.recurrence.weight, plan.recurrence.bias]  # type: ignore[list-item]
+        attached = plan.dynamics.attached([t is not None and t.requires_grad for t in (x, *before)],
+                                          result.block.steps, differentiable=plan.surrogate.differentiable)[1:]
         attached[0] = True
-        finals = [(1 + i, s) for i, s in enumerate(result.finals) if attached[i]]
+        finals = [(1 + i, s) for i, s in enumerate(result.finals) if attached[i] and s is not result.output]
         plain = [(0, result.output)] if plan.differentiable_output else []
         states_inside: list[tuple[int, torch.Tensor]] = []  # their gradient is always only a part
         if result.recorded:  # stacks of the states: only the outside looks at them
             plain, finals = plain + [(1 + i, s) for i, s in enumerate(result.recorded) if attached[i]], []
         elif result.output is result.finals[0]:  # an integrator's output is its state
-            plain, finals[0] = [], (0, result.output)
+            plain, finals = [], [(0, result.output), *finals]
         elif plan.dynamics.fires_from_state:
             states_inside, finals = finals, []
         elif not plan.dynamics.spikes:  # the last membrane is part of the sequence [T, B, ...], too
             states_inside, finals = finals[:1], finals[1:]
         elif plan.dynamics.attached_reset and result.block.shape == self.layer.shape:
             plain, states_inside = [], plain
+        if plan.dynamics.recurrent and result.block.shape == self.layer.shape:
+            plain, states_inside = [], plain + states_inside  # the spikes go on inside as well
         if not plan.options.fuse_steps:
             plain, states_inside, finals = plain + states_inside + finals, [], []
         tensors = [[t for _, t in group] for group in (plain, states_inside, finals)]
         if self.handle is None:
-            self.handle = node.create(self, [*states, *self.parameters, x], *tensors,
+            self.handle = node.create(self, [*before, x], *tensors,
                                       name=f"Sparse{plan.dynamics.name}Backward", slack=TOPOLOGICAL_SLACK)
             counts["neuron_nodes"] += 1
         elif not node.extend(self.handle, [x], *tensors):
@@ -125,6 +136,11 @@ class NeuronTape(Tape):
         Where dtypes differ, it is autograd that converts them.
         """
         return claim_current(x, self) if x.dtype is self.layer.dtype else None
+
+    def last_spikes(self) -> Raster | None:
+        """Those of the last step of a recurrent layer."""
+        raster = self.blocks[-1].raster if self.plan.recurrence is not None else None
+        return raster.part(raster.rows - self.layer.rows, raster.rows) if raster is not None else None
 
     @property
     def blocks(self) -> Chain[Block]:
@@ -195,40 +211,87 @@ class NeuronTape(Tape):
     def __call__(self, grads: Sequence[torch.Tensor | None], needs: Sequence[bool]) -> list[torch.Tensor | None]:
         self.absorb()
         layer, dynamics = self.layer, self.plan.dynamics
-        first_input = len(dynamics.states) + len(dynamics.parameters)
+        first_input = len(dynamics.inputs_of_node)
         result: list[torch.Tensor | None] = [None] * (first_input + len(self.blocks))
         incoming = Incoming(self, grads)
         steps = incoming.steps
         if not steps:
             return result
-        reached_parameters, reached_states, inputs = dynamics.reached(incoming.last_output, incoming.last_states,
-                                                                      self.plan.surrogate.differentiable)
+        found, inputs = dynamics.reached(incoming.last_output, incoming.last_states,
+                                         self.plan.surrogate.differentiable)
+        wanted = [bool(need) and name in found for need, name in zip(needs, dynamics.inputs_of_node, strict=False)]
+        carried, first_parameter = len(dynamics.carried), len(dynamics.states)
         rows = layer.rows
         reached = bisect_left(self.recorded.firsts, steps)  # blocks
         grad_input = None
-        if any(needs[first_input:]):
+        if any(needs[first_input:]) or dynamics.recurrent:
             last = self.blocks[reached - 1]
             total = self.recorded.firsts[reached - 1] + last.steps
             grad_input = workspace.take(total * rows, layer.cols, layer.dtype, layer.device)
             grad_input[steps * rows :] = 0
-        sums = [layer.empty().zero_() if needs[len(dynamics.states) + i] and matters else None
-                for i, matters in enumerate(reached_parameters)]
-        initial = [layer.empty() if needs[i] and matters else None for i, matters in enumerate(reached_states)]
+        sums = [layer.empty().zero_() if want else None
+                for want in wanted[first_parameter : first_parameter + len(dynamics.parameters)]]
+        initial = [layer.empty() if want else None for want in wanted[:carried]]
         tables = self.recorded.tables(dynamics.reset_is_recorded and not dynamics.late_reset)
-        neuron_backward(layer, steps, grad_input=grad_input, grad_state_in=initial, grad_parameters=sums,
-                        state_in=self.state_in, **tables, **incoming.tables())
+        scan = BackwardScan(layer, steps, grad_input=grad_input, grad_state_in=initial, grad_parameters=sums,
+                            state_in=self.state_in, **tables, **incoming.tables())
+        if self.plan.recurrence is None:
+            scan.run()
+        else:
+            assert grad_input is not None
+            self._backward_through_spikes(scan, self.plan.recurrence, grad_input, initial, wanted, result)
         for i, grad in enumerate(initial):
             if grad is not None:
                 shape, device = self.state_kinds[i]
                 result[i] = grad.sum_to_size(shape).to(device)
-        for i, grad in enumerate(sums, len(dynamics.states)):
+        for i, grad in enumerate(sums, first_parameter):
             if grad is not None:
-                parameter = self.parameters[i - len(dynamics.states)]
+                parameter = self.parameters[i - first_parameter]
                 result[i] = grad.sum_to_size(parameter.shape).to(parameter.device)
-        if grad_input is not None:
+        if grad_input is not None and any(needs[first_input:]):
             reached = bisect_left(self.recorded.firsts, inputs)
             self._return_inputs(grad_input, reached, needs[first_input:], result, first_input, incoming.task)
         return result
+
+    def _backward_through_spikes(self, scan: BackwardScan, recurrence: Recurrence, grad: torch.Tensor,
+                                 initial: Sequence[torch.Tensor | None], wanted: Sequence[bool],
+                                 result: list[torch.Tensor | None]) -> None:
+        """The backward scan of a recurrent layer; fills in the gradients of the spikes before it, weight and bias."""
+        layer, dynamics, weight = self.layer, self.plan.dynamics, recurrence.weight.detach()
+        check_version(recurrence.weight, self.weight_version)
+        active = self.active_set(list(range(len(self.blocks))), self._crossover("input_gradient"))
+        product = self.recorder.scan.product if isinstance(self.recorder.scan, RecurrentScan) else None
+        tiles = None
+        if active is not None and not event_parallel(layer.device):
+            tiles = product.tiles if product is not None else pack_weights(weight)
+        carry = [layer.empty() if tensor is None else tensor for tensor in initial]
+        recurrent_backward(scan, weight, tiles, grad, carry)
+        spikes, rows = layer.rows * (scan.steps - 1), layer.rows
+        grad = grad[: layer.rows * scan.steps]
+        if wanted[len(dynamics.carried)]:
+            result[len(dynamics.carried)] = (grad[:rows] @ weight).sum_to_size(self.state_kinds[-1][0]).view(
+                self.state_kinds[-1][0])
+        of_weight, of_bias = wanted[-2:]
+        if of_weight:
+            first = grad[:rows].t() @ self.spikes_in[0].view(rows, layer.cols)
+            result[len(wanted) - 2] = first + self._recurrent_gradient(grad[rows:], spikes) if spikes else first
+        if of_bias:
+            result[len(wanted) - 1] = grad.sum(0)
+
+    def _recurrent_gradient(self, grad: torch.Tensor, rows: int) -> torch.Tensor:
+        """That of the recurrent weight, from the spikes of so many rows ``[T * B]`` that drove the steps behind them."""
+        rasters = [block.raster for block in self.blocks]
+        raster = Raster.concatenate(r for r in rasters if r is not None).part(0, rows)
+        if not event_parallel(raster.device) and density(raster) <= self._crossover("weight_gradient")(raster):
+            counts["weight_gradient_sparse"] += 1
+            return weight_gradient(grad.contiguous(), columns(raster), bias=False)[0]
+        counts["weight_gradient_dense"] += 1
+        return grad.t() @ unpack(raster, grad.dtype)
+
+    def _crossover(self, product: str) -> Callable[[Raster], float]:
+        """The density up to which a product of the recurrence is better done event by event."""
+        size, options = self.layer.cols, self.plan.options
+        return lambda sites: options.crossover_on(self.layer.device, product, sites.rows, size, size)
 
     def _return_inputs(self, grad: torch.Tensor, reached: int, needs: Sequence[bool],
                        result: list[torch.Tensor | None], first_input: int, task: int) -> None:
@@ -249,7 +312,7 @@ class NeuronTape(Tape):
 
     def release(self) -> None:
         super().release()
-        self._blocks, self.recorded, self.state_in = Chain(), Recorded(), []
+        self._blocks, self.recorded, self.state_in, self.spikes_in = Chain(), Recorded(), [], []
         del self.recorder  # and its arena
 
 
@@ -271,7 +334,7 @@ def run_neuron(plan: Plan, x: torch.Tensor, states: Sequence[torch.Tensor], step
     if isinstance(tape, NeuronTape):
         tape.absorb()
     if isinstance(tape, NeuronTape) and tape.continues(plan, shape, dtype, x.device, states):
-        result = tape.recorder.run(x, states, steps, record, first=False)
+        result = tape.recorder.run(x, states, steps, record, first=False, spikes=tape.last_spikes())
         result.block.source = tape.source_of(x)
         if tape.commit(result, x, states):
             tape.arm(x, result)

@@ -17,6 +17,7 @@ from .dynamics import Dynamics
 from .kernels import nonzero, pack
 from .native import event_parallel
 from .raster import WORD, Raster, RasterArena
+from .recurrence import RecurrentScan
 from .reports import Densities
 from .scans import TRACES, ForwardScan, Layer, filled
 from .stores import store_for
@@ -44,6 +45,7 @@ class Plan:
         module: the module; None if its steps always go the long way.
         guard: what a lane has to see unchanged about the module, see ``Guard`` in ``csrc/torch/lanes.h``; options,
             input and states aside.
+        recurrence: of a recurrent layer.
     """
 
     dynamics: Dynamics
@@ -56,10 +58,30 @@ class Plan:
     densities: Densities = field(default_factory=Densities)
     module: weakref.ref[Any] | None = None
     guard: tuple[tuple[Any, ...], ...] = ()
+    recurrence: Recurrence | None = None
+
+    @property
+    def leaves(self) -> tuple[torch.Tensor, ...]:
+        """All parameters that a step reads."""
+        found = self.recurrence
+        return self.parameters if found is None else (*self.parameters, *recurrent_parameters(found))
 
     def lane_serves(self, device: torch.device) -> bool:
         """Whether a per-step loop may leave further steps to a lane."""
-        return self.module is not None and self.options.fuse_steps and not event_parallel(device)
+        return self.recurrence is None and self.module is not None and self.options.fuse_steps and not event_parallel(device)
+
+
+@dataclass(frozen=True, eq=False)
+class Recurrence:
+    """How the spikes of a step drive the next one: ``spikes @ weight.T + bias``.
+
+    Args:
+        weight: ``[N, N]``, as autograd knows it.
+        bias: ``[N]`` or None.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -119,7 +141,9 @@ class Recorder:
 
     def __init__(self, plan: Plan, layer: Layer, learned: set[int]) -> None:
         self.dynamics, self.layer = plan.dynamics, layer
-        self.store = store_for(layer, plan.densities)
+        recurrence = plan.recurrence
+        self.scan = ForwardScan(layer) if recurrence is None else RecurrentScan(layer, recurrence, plan.options)
+        self.store = store_for(layer, plan.densities, self.scan)
         differentiable = plan.dynamics.spikes and plan.surrogate.differentiable
         self.keep_active = differentiable and plan.surrogate.bounded
         learns = bool(learned & set(plan.dynamics.needs_membrane))
@@ -133,11 +157,12 @@ class Recorder:
         self._offsets = RasterArena(1, WORD * layer.blocks, layer.device) if event_parallel(layer.device) else None
 
     def run(self, x: torch.Tensor, states: Sequence[torch.Tensor], steps: int | None, record: bool,
-            first: bool) -> Result:
+            first: bool, spikes: Raster | None = None) -> Result:
         """Runs one time step (``steps`` None) or a sequence ``[T, B, ...]``, outside autograd.
 
         Args:
             first: whether the sequence begins here, so that who is reset in this step has to be recorded.
+            spikes: those of the step before, where they are known and the layer is recurrent.
         """
         layer, dynamics = self.layer, self.dynamics
         count = steps or 1
@@ -145,10 +170,10 @@ class Recorder:
         block = Block(count, x.shape)
         inputs = deferred_of(x) if x.dtype is layer.dtype else None
         data = self._ready(settled(x), shape) if inputs is None else None
-        before = [self._ready(s, layer.shape) for s in states]
+        before = [self._ready(s, layer.shape) for s in states[: len(dynamics.carried)]]
         new = partial(torch.empty, shape, dtype=layer.dtype, device=layer.device)
-        finals = [torch.empty_like(before[0]) for _ in dynamics.states]
-        recorded = [new() for _ in dynamics.states] if record else []
+        finals = [torch.empty_like(before[0]) for _ in dynamics.carried]
+        recorded = [new() for _ in dynamics.carried] if record else []
         if dynamics.spikes or steps is not None:
             output = new()
         else:
@@ -182,10 +207,14 @@ class Recorder:
             pointers[_RESET * count] = block.reset.address
         if inputs is not None:
             pointers[:count] = inputs.addresses()
+        if isinstance(self.scan, RecurrentScan):
+            self.scan.begin(self._ready(states[-1], layer.shape), spikes, output if steps is not None else None)
         self.store.run(block, pointers, [s.data_ptr() for s in before], [s.data_ptr() for s in finals], inputs)
         if inputs is not None:
             inputs.finish()
         counts["neuron_steps"] += count
+        if dynamics.recurrent:
+            finals.append(output if steps is None else output[-1].clone())
         return Result(block, output, finals, recorded, pointers)
 
     def _ready(self, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
@@ -197,7 +226,7 @@ class Recorder:
         return tensor.detach().to(self.layer.dtype).expand(shape).contiguous()
 
     def full(self, states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Copies of the states, of full shape."""
+        """Copies of states, of full shape."""
         return [self._ready(s.detach(), self.layer.shape).clone() for s in states]
 
     def resets(self, membrane: torch.Tensor) -> Raster:
@@ -208,6 +237,11 @@ class Recorder:
         raster = nonzero(fires) if event_parallel(fires.device) else pack(fires)
         assert raster is not None
         return raster
+
+
+def recurrent_parameters(recurrence: Recurrence) -> tuple[torch.Tensor, ...]:
+    """Weight and bias, if there is one."""
+    return (recurrence.weight,) if recurrence.bias is None else (recurrence.weight, recurrence.bias)
 
 
 def _start(tensor: torch.Tensor | None) -> int:

@@ -126,7 +126,7 @@ class ForwardScan:
         self._layer = layer  # owns the parameters that the struct points to
         self.arguments = STRUCTS["SnnNeuronForward"](layer=layer.struct)
         self._address, self._kernel = ctypes.addressof(self.arguments), kernel("neuron_forward", layer.device)
-        self._states = len(layer.dynamics.states)
+        self._states = len(layer.dynamics.carried)
         self._state_in, self._state_out = self.arguments.state_in, self.arguments.state_out
         self._scratch: torch.Tensor | None = None
         self._needs_scratch = not event_parallel(layer.device)
@@ -191,26 +191,70 @@ class ForwardScan:
         return wanted[1] - first if report is not None else done
 
 
-def neuron_backward(layer: Layer, steps: int, *, grad_input: torch.Tensor | None,
-                    grad_state_in: Sequence[torch.Tensor | None], grad_parameters: Sequence[torch.Tensor | None],
-                    grad_states: Sequence[Any], state_in: Sequence[torch.Tensor | None], **tables: Any) -> None:
+class BackwardScan:
     """The backward scan: fills ``grad_input``, ``grad_state_in``, and adds to ``grad_parameters`` (zeroed before).
 
-    ``tables`` are pointer tables (or None) named as in ``SnnNeuronBackward``, traces as in ``TRACES``.
+    Args:
+        tables: pointer tables (or None) named as in ``SnnNeuronBackward``, traces as in ``TRACES``.
     """
-    a = STRUCTS["SnnNeuronBackward"](layer=layer.struct, steps=steps)
-    if event_parallel(layer.device) and steps > CONSTANTS["kStepsPerLaunch"]:
-        carry = [layer.empty() for _ in layer.dynamics.states]
-        for i, scratch in enumerate(carry):
-            a.carry[i] = scratch.data_ptr()
-    for name, table in tables.items():
-        _set_table(a, name, _address(table))
-    for i, table in enumerate(grad_states):
-        a.grad_states[i] = _address(table)
-    for slots, tensors in ((a.state_in, state_in), (a.grad_state_in, grad_state_in),
-                           (a.grad_parameters, grad_parameters)):
-        for i, tensor in enumerate(tensors):
-            slots[i] = tensor.data_ptr() if tensor is not None else None
-    if grad_input is not None:
-        a.grad_input = grad_input.data_ptr()
-    kernel("neuron_backward", layer.device)(ctypes.addressof(a))
+
+    def __init__(self, layer: Layer, steps: int, *, grad_input: torch.Tensor | None,
+                 grad_state_in: Sequence[torch.Tensor | None], grad_parameters: Sequence[torch.Tensor | None],
+                 grad_states: Sequence[Any], state_in: Sequence[torch.Tensor | None], **tables: Any) -> None:
+        self.layer, self.steps = layer, steps
+        a = self.arguments = STRUCTS["SnnNeuronBackward"](layer=layer.struct, steps=steps)
+        self._tables, self._states = tables, grad_states
+        self._keep: list[Any] = [grad_input, grad_state_in, grad_parameters, state_in]
+        if event_parallel(layer.device) and steps > CONSTANTS["kStepsPerLaunch"]:
+            carry = [layer.empty() for _ in layer.dynamics.carried]
+            self._keep.append(carry)
+            for i, scratch in enumerate(carry):
+                a.carry[i] = scratch.data_ptr()
+        self._point(0)
+        for slots, tensors in ((a.state_in, state_in), (a.grad_state_in, grad_state_in),
+                               (a.grad_parameters, grad_parameters)):
+            for i, tensor in enumerate(tensors):
+                slots[i] = tensor.data_ptr() if tensor is not None else None
+        if grad_input is not None:
+            a.grad_input = grad_input.data_ptr()
+
+    def _point(self, first: int) -> None:
+        """Lets the tables begin at a step."""
+        offset = first * ctypes.sizeof(ctypes.c_void_p)
+
+        def begin(table: Table[int] | None) -> int | None:
+            address = _address(table)
+            return address + offset if address is not None else None
+
+        for name, table in self._tables.items():
+            _set_table(self.arguments, name, begin(table))
+        for i, table in enumerate(self._states):
+            self.arguments.grad_states[i] = begin(table)
+
+    def run(self) -> None:
+        """All steps."""
+        kernel("neuron_backward", self.layer.device)(ctypes.addressof(self.arguments))
+
+    def run_one(self, step: int, grad_input: torch.Tensor, recurrent: torch.Tensor | None,
+                carry: Sequence[torch.Tensor]) -> None:
+        """A single step, after those behind it.
+
+        Args:
+            grad_input: where the gradient of its input goes.
+            recurrent: the gradient of its output through the recurrence; None in the last step.
+            carry: the gradients of the states, those behind the step and then those before it; the latter only in the
+                last step.
+        """
+        a = self.arguments
+        a.steps, a.earlier = 1, step
+        self._point(step)
+        a.grad_input, a.grad_recurrent = grad_input.data_ptr(), None if recurrent is None else recurrent.data_ptr()
+        for i, tensor in enumerate(carry):
+            a.grad_state_in[i] = tensor.data_ptr()
+            a.carry_in[i] = tensor.data_ptr() if step < self.steps - 1 else None
+        self.run()
+
+
+def neuron_backward(layer: Layer, steps: int, **described: Any) -> None:
+    """Runs a :class:`BackwardScan`."""
+    BackwardScan(layer, steps, **described).run()

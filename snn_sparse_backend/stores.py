@@ -25,8 +25,8 @@ ARENA_STEPS = 4
 class HostStore:
     """On the CPU: arenas that are filled one step behind the other; the kernel says how much each step took."""
 
-    def __init__(self, layer: Layer, densities: Densities) -> None:
-        self._layer, self.scan = layer, ForwardScan(layer)
+    def __init__(self, layer: Layer, densities: Densities, scan: ForwardScan) -> None:
+        self._layer, self.scan = layer, scan
         self._need = layer.rows * layer.words * TILE
         self._arena: torch.Tensor | None = None
         self._used = 0
@@ -110,8 +110,8 @@ class DeviceStore:
     that is far behind the host thus costs memory for a while, as does a graph that is captured, but never a wait.
     """
 
-    def __init__(self, layer: Layer, densities: Densities) -> None:
-        self._layer, self._scan, self._densities = layer, ForwardScan(layer), densities
+    def __init__(self, layer: Layer, densities: Densities, scan: ForwardScan) -> None:
+        self._layer, self.scan, self._densities = layer, scan, densities
         self._counter = Counter(layer.device)
         self._arena: torch.Tensor | None = None
         self._full: list[tuple[torch.Tensor, Counter]] = []  # not yet shrunk
@@ -130,7 +130,7 @@ class DeviceStore:
             arena = self._room(sites)
             address, capacity = arena.data_ptr(), arena.numel()
             block.values = [(arena, [0] * block.steps)]
-        self._scan.run(block.steps, pointers, state_in, state_out, address, capacity,
+        self.scan.run(block.steps, pointers, state_in, state_out, address, capacity,
                        report=self._counter.launch(sites))
         self._densities.watch(self._counter)
         if block.raster is not None:
@@ -162,5 +162,5 @@ class DeviceStore:
         self._full = [(arena, counter) for arena, counter in self._full if counter.done < counter.started]
 
 
-def store_for(layer: Layer, densities: Densities) -> HostStore | DeviceStore:
-    return (DeviceStore if event_parallel(layer.device) else HostStore)(layer, densities)
+def store_for(layer: Layer, densities: Densities, scan: ForwardScan) -> HostStore | DeviceStore:
+    return (DeviceStore if event_parallel(layer.device) else HostStore)(layer, densities, scan)

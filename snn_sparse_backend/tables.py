@@ -135,7 +135,9 @@ class Incoming:
         self._copies: dict[Any, torch.Tensor] = {}
         empty = array("Q", bytes(8 * tape.recorded.steps))
         self._output, self._active = empty[:], empty[:]
-        self._states = [empty[:] for _ in tape.plan.dynamics.states]
+        dynamics = tape.plan.dynamics
+        self._states = [empty[:] for _ in dynamics.carried]
+        ends: list[tuple[int, torch.Tensor]] = []  # for the last spikes of a sequence of a recurrent layer
         dense: dict[int, torch.Tensor] = {}
         at_active: dict[int, torch.Tensor] = {}
         dtype = tape.layer.dtype
@@ -147,9 +149,13 @@ class Incoming:
                 grad = grad.to(dtype)
             if kind == 0:
                 dense[index] = grad
+            elif kind > len(self._states):
+                ends.append((index, grad))
             else:
                 self._set_state(kind - 1, index, grad)
         deliveries = tape.accept_deliveries(self.task)
+        for index, grad in ends:
+            dense[index] = self._with_end(dense.get(index), index, grad)
         if len(deliveries) != 1 or dense or not self._set_all(deliveries[0]):
             for delivery in deliveries:
                 self._unpack(delivery, dense, at_active)
@@ -158,7 +164,15 @@ class Incoming:
                 self._set(table, index, grad)
         self.last_output = max(_last(self._output), _last(self._active))
         self.last_states = [_last(table) for table in self._states]
+        self.last_states += [self.last_output] * (len(dynamics.states) - len(self._states))
         self.steps = max(self.last_output, *self.last_states) + 1
+
+    def _with_end(self, grad: torch.Tensor | None, index: int, end: torch.Tensor) -> torch.Tensor:
+        """The gradient of a block's outputs ``[T, B, ...]``, and that of its last one added."""
+        steps = self._tape.recorded.steps_of(index)
+        total = end.new_zeros((steps, *end.shape)) if grad is None else grad.clone().view(steps, *end.shape)
+        total[-1] += end
+        return total
 
     def _set_all(self, delivery: Delivery) -> bool:
         """The usual case: one synapse after another step by step, and nothing else. False if it is another one."""

@@ -71,7 +71,7 @@ ERRORS = {
                         "atomicAdd(used, static_cast<unsigned long long>(total))", "(*used += total) - total"),
     # Wrong places, in any order of threads.
     "rank": Error("scan.h", "(threadIdx.x % 64)) - 1", "threadIdx.x % 64", "threadIdx.x % 32"),
-    "carry": Error("neuron_backward.cu", "last < a.steps ? a.carry[i] : nullptr", "last < a.steps", "false"),
+    "carry": Error("neuron_backward.cu", "last < a.steps ? a.carry[i] : a.carry_in[i]", "last < a.steps", "false"),
     "half word": Error("raster.cu", "low | high << kWarp", "high << kWarp", "high << 31"),
     "second tile": Error("synapse_input.cu", "*to = first_column ? *to + sum", "first_column", "false"),
     "second part": Error("synapse_weight.cu", "s < a.splits", "a.splits", "1"),

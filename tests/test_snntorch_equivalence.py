@@ -20,7 +20,8 @@ from snntorch import surrogate
 from torch import Tensor, nn
 
 RESETS = ("subtract", "zero", "none")
-STATES = {"Leaky": ("mem",), "Synaptic": ("syn", "mem"), "Lapicque": ("mem",), "Alpha": ("syn_exc", "syn_inh", "mem")}
+STATES = {"Leaky": ("mem",), "Synaptic": ("syn", "mem"), "Lapicque": ("mem",), "Alpha": ("syn_exc", "syn_inh", "mem"),
+          "RLeaky": ("spk", "mem"), "RSynaptic": ("spk", "syn", "mem")}
 SURROGATES: dict[str, tuple[Callable[..., Any], dict[str, tuple[float, float]]]] = {
     "atan": (surrogate.atan, {"alpha": (0.5, 5)}),
     "fast_sigmoid": (surrogate.fast_sigmoid, {"slope": (1, 50)}),
@@ -80,10 +81,15 @@ class Layer:
         return STATES[self.kind]
 
     @property
+    def learns_recurrence(self) -> bool:
+        return self.bias is not False
+
+    @property
     def learns(self) -> bool:
         """Whether some parameter or state of the neuron requires grad."""
         own = {"Leaky": self.beta.learn or self.factor.learn, "Synaptic": self.beta.learn or self.alpha.learn,
-               "Lapicque": False, "Alpha": self.beta.wanted}[self.kind]
+               "Lapicque": False, "Alpha": self.beta.wanted, "RLeaky": self.beta.learn or self.learns_recurrence,
+               "RSynaptic": self.beta.learn or self.alpha.learn or self.learns_recurrence}[self.kind]
         return own or self.threshold.learn or self.initial == "learned"
 
 
@@ -123,10 +129,11 @@ sizes = st.one_of(st.integers(1, 12), st.sampled_from([63, 64, 65, 127, 128, 129
 
 
 @st.composite
-def layers(draw: st.DrawFn, size: int, bias: bool | None, vector: bool) -> Layer:
+def layers(draw: st.DrawFn, size: int, bias: bool | None, vector: bool, recurrent: bool) -> Layer:
     shapes = ("number", "scalar", "one", "neurons") if vector else ("number", "scalar")
     return Layer(
-        kind=draw(st.sampled_from(("Leaky", "Leaky", "Synaptic", "Lapicque", "Alpha"))),
+        kind=draw(st.sampled_from(("Leaky", "Leaky", "Synaptic", "Lapicque", "Alpha",
+                                   *(("RLeaky", "RLeaky", "RSynaptic") if recurrent else ())))),
         size=size,
         bias=bias,
         reset=draw(st.sampled_from(RESETS)),
@@ -148,12 +155,12 @@ def cases(draw: st.DrawFn, synapses: bool) -> Case:
         shape: tuple[int, ...] = draw(st.sampled_from([(inputs,), (1, inputs), (2, inputs), (5, inputs),
                                                        (2, 3, inputs)]))
         biases = st.sampled_from([True, True, False])
-        chosen = [draw(layers(draw(sizes), draw(biases), True)) for _ in range(draw(st.sampled_from([1, 2, 2, 3, 3])))]
+        chosen = [draw(layers(draw(sizes), draw(biases), True, len(shape) <= 2)) for _ in range(draw(st.sampled_from([1, 2, 2, 3, 3])))]
     else:
         shape = draw(st.sampled_from([(), (1,), (7,), (3, 1), (4, 65), (1, 130), (2, 3, 4, 5), (3, 1, 9), (2, 70, 2)]))
         vector = len(shape) > 0
         size = shape[-1] if vector else 1
-        chosen = [draw(layers(size, None, vector)) for _ in range(draw(st.integers(1, 2)))]
+        chosen = [draw(layers(size, None, vector, len(shape) in (1, 2))) for _ in range(draw(st.integers(1, 2)))]
     options: dict[str, Any] = {"cutoff": draw(st.one_of(st.none(), st.floats(0.05, 0.3), st.floats(0.05, 2)))}
     options["forward"] = draw(st.sampled_from(["host", "host", "sparse"]))
     if draw(st.integers(0, 3)) == 0:
@@ -184,13 +191,19 @@ def make_neuron(layer: Layer, side: Side) -> Any:
         "spike_grad": side.surrogate(factory(**constants)), "reset_mechanism": layer.reset,
         "init_hidden": layer.state == "hidden", "output": layer.state == "hidden",
     }
-    if layer.kind in ("Leaky", "Synaptic"):
+    if layer.kind in ("RLeaky", "RSynaptic"):
+        options |= {"linear_features": layer.size, "learn_recurrent": layer.learns_recurrence}
+    if layer.kind == "RSynaptic":
+        options |= {"beta": layer.beta.make(layer.size), "learn_beta": layer.beta.learn}
+    if layer.kind in ("Leaky", "Synaptic", "RLeaky"):
         options |= {"beta": layer.beta.make(layer.size), "learn_beta": layer.beta.learn, "reset_delay": layer.delay}
     if layer.kind == "Leaky":
         return snn.Leaky(**options, graded_spikes_factor=layer.factor.make(layer.size),
                          learn_graded_spikes_factor=layer.factor.learn)
-    if layer.kind == "Synaptic":
-        neuron = snn.Synaptic(**options, alpha=layer.alpha.make(layer.size), learn_alpha=layer.alpha.learn)
+    if layer.kind == "RLeaky":
+        return snn.RLeaky(**options)
+    if layer.kind in ("Synaptic", "RSynaptic"):
+        neuron = getattr(snn, layer.kind)(**options, alpha=layer.alpha.make(layer.size), learn_alpha=layer.alpha.learn)
     elif layer.kind == "Lapicque":
         value = min(float(layer.alpha.value), 1.0)
         circuit = {"R": 1.5, "C": 3 + value} if layer.delay else {"beta": 0.3 + 0.3 * value}
@@ -200,7 +213,7 @@ def make_neuron(layer: Layer, side: Side) -> Any:
         beta = torch.as_tensor(beta, dtype=torch.get_default_dtype()).clamp(0.05, 0.8)
         neuron = snn.Alpha(**options, alpha=0.82 + 0.17 * min(layer.alpha.value, 1), beta=beta,
                            learn_beta=layer.beta.wanted)
-    if layer.factor.value != 1:
+    if layer.factor.value != 1 and layer.kind != "RSynaptic":
         neuron.graded_spikes_factor = torch.as_tensor(layer.factor.make(layer.size))
     return neuron
 
@@ -251,7 +264,9 @@ def unroll(case: Case) -> Callable[[Side], None]:
             for i, layer in enumerate(case.layers):
                 h = linear[i](h)
                 h, *states[i] = neurons[i](h, *states[i]) if layer.state == "passed" else neurons[i](h)
-                for kind, value in zip(("spk", *layer.states), (h, *states[i]), strict=True):
+                if layer.states[0] == "spk":
+                    states[i] = [h, *states[i]]
+                for kind, value in {"spk": h, **dict(zip(layer.states, states[i], strict=True))}.items():
                     side.output(f"{kind} of {i} at {t}", value)
                     if in_loss(case, kind, i, t):
                         loss = loss + (value * torch.randn(value.shape)).sum()
@@ -300,5 +315,5 @@ def test_sparse_and_dense_products_were_all_hit() -> None:
     if not hit:
         pytest.skip("counts what the tests above ran")
     for product in ("weight_gradient_sparse", "weight_gradient_dense", "input_gradient_sparse", "input_gradient_dense",
-                    "forward_sparse"):
+                    "forward_sparse", "recurrent_gradient_sparse", "recurrent_gradient_dense", "recurrent_sparse"):
         assert hit[product] > 20, f"{product}: {hit[product]} times only: {hit}"

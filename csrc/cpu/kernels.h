@@ -15,6 +15,8 @@
   X(synapse_forward, SnnSynapseForward)        \
   X(weight_gradient, SnnWeightGradient)        \
   X(input_gradient, SnnInputGradient)          \
+  X(recurrent_forward, SnnRecurrentForward)    \
+  X(recurrent_backward, SnnRecurrentBackward)  \
   X(max_pool, SnnMaxPool)                      \
   X(max_pool_backward, SnnMaxPoolBackward)     \
   X(conv_forward, SnnConvForward)              \

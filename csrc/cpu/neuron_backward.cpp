@@ -29,12 +29,14 @@ __attribute__((noinline)) void apply_surrogate(const SnnSurrogate& s, const T* _
 // What one step reads; null where there is nothing.
 template <class N> struct BackwardTables {
   using T = typename N::T::Scalar;
-  const T *output, *at_active, *outside[N::States], *values;
+  const T *output, *recurrent, *at_active, *outside[N::States], *values;
   const T *membrane, *traces[kMaxTraces];
   const uint64_t *raster, *reset, *active;
 
   BackwardTables(const SnnNeuronBackward& a, int64_t step)
-      : output(entry<T>(a.grad_output, step)), at_active(entry<T>(a.grad_active, step)),
+      : output(entry<T>(a.grad_output, step)),
+        recurrent(step == a.steps - 1 ? static_cast<const T*>(a.grad_recurrent) : nullptr),
+        at_active(entry<T>(a.grad_active, step)),
         values(entry<T>(a.values, step)), membrane(entry<T>(a.membrane, step)),
         raster(entry(a.raster, step)), reset(entry(a.reset, step)), active(entry(a.active, step)) {
     for (int i = 0; i < N::States; i++) outside[i] = entry<T>(a.grad_states[i], step);
@@ -54,12 +56,17 @@ template <class N, bool Learn> class BackwardTask {
       : a_(a), first_(first), last_(last), room_(64 * (last - first) + kPadding), par_(a.layer),
         carry_(64 * (last - first) * N::States), packed_(3 * room_) {
     std::fill(carry_.get(), carry_.get() + 64 * (last - first) * N::States, T(0));
+    for (int i = 0; i < N::States; i++)
+      if (const T* from = static_cast<const T*>(a_.carry_in[i]))
+        for (Unit unit(a_.layer, first_); unit.index < last_; unit.next())
+          copy_lanes(from + unit.base, carry(unit, i), unit.lanes);
   }
 
   // offsets[step]: place of this task's first active site among those of the step
   void run(const int64_t* offsets) {
     for (int64_t step = a_.steps - 1; step >= 0; step--) {
-      const Tables s(a_, step), before(a_, step ? step - 1 : 0);
+      const bool follows = step > 0 || a_.earlier > 0;
+      const Tables s(a_, step), before(a_, follows ? step - 1 : 0);
       int64_t offset = offsets[step];
       const T* phi = task_phi(s, offset);  // of this task's active sites, one after the other
       T* input = static_cast<T*>(a_.grad_input);
@@ -71,7 +78,7 @@ template <class N, bool Learn> class BackwardTask {
           of.active = s.active[unit.index];
         else
           of = unit_phi(s, unit, offset);
-        adjoint(s, step ? &before : nullptr, unit, offset, of, input ? input + unit.base : nullptr);
+        adjoint(s, follows ? &before : nullptr, unit, offset, of, input ? input + unit.base : nullptr);
         if (phi) phi += count_bits(of.active);
         if (s.active) offset += count_bits(s.active[unit.index]);
       }
@@ -111,6 +118,7 @@ template <class N, bool Learn> class BackwardTask {
   template <class Count> SNN_HD Gradient total(const Tables& s, const Unit& unit, int k, Count lanes) const {
     Gradient g;
     g.output = s.output ? load_lanes(s.output + unit.base + k, lanes) : P(T(0));
+    if (s.recurrent) g.output = g.output + load_lanes(s.recurrent + unit.base + k, lanes);
     for (int i = 0; i < N::States; i++) {
       const P outside = s.outside[i] ? load_lanes(s.outside[i] + unit.base + k, lanes) : P(T(0));
       g.state[i] = P::load(carry(unit, i) + k) + outside;
@@ -120,7 +128,7 @@ template <class N, bool Learn> class BackwardTask {
 
   // An output nobody uses sends no gradient at all (not zeros: 0 times an infinite derivative would be NaN).
   bool decides(const Tables& s) const {
-    const bool wanted = s.output || s.at_active || N::InnerSpikeGradient;
+    const bool wanted = s.output || s.at_active || s.recurrent || N::InnerSpikeGradient;
     return N::Spikes && a_.layer.surrogate.kind != kZeroDerivative && wanted;
   }
 
@@ -128,7 +136,7 @@ template <class N, bool Learn> class BackwardTask {
   // Then phi of all active sites of the task is one run of values, computed at once. Null where it is not so simple.
   const T* task_phi(const Tables& s, int64_t offset) {
     if constexpr (N::Spikes && !N::InnerSpikeGradient && !kBefore && !kTraces) {
-      if (!par_.scalar || !decides(s) || !s.at_active || s.output || s.membrane) return nullptr;
+      if (!par_.scalar || !decides(s) || !s.at_active || s.output || s.recurrent || s.membrane) return nullptr;
       int64_t count = 0;
       for (int64_t unit = first_; unit < last_; unit++) count += count_bits(s.active[unit]);
       const typename N::Parameters p = par_.at(0);

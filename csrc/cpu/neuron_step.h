@@ -11,7 +11,7 @@ namespace SSB_ISA {
 template <class N> struct StepTables {
   using P = typename N::T;
   using T = typename P::Scalar;
-  const T* input;
+  const T *input, *recurrent;
   const T* before[N::States];
   T* after[N::States];
   T* states[N::States];
@@ -20,7 +20,8 @@ template <class N> struct StepTables {
   P low, high;  // bounds of the surrogate
 
   StepTables(const SnnNeuronForward& a, int64_t step)
-      : input(entry<T>(a.input, step)), output(entry<T>(a.output, step)), membrane(entry<T>(a.membrane, step)),
+      : input(entry<T>(a.input, step)), recurrent(entry<T>(a.recurrent, step)),
+        output(entry<T>(a.output, step)), membrane(entry<T>(a.membrane, step)),
         raster(entry(a.raster, step)), reset(entry(a.reset, step)), active(N::Spikes ? entry(a.active, step) : nullptr), low(bound<T>(a.layer.surrogate.low)),
         high(bound<T>(a.layer.surrogate.high)) {
     for (int i = 0; i < N::States; i++) {
@@ -49,7 +50,12 @@ SNN_HD typename N::T::Scalar* step_unit(const StepTables<N>& s, const Unit& unit
     const typename N::Parameters p = par.at(k);
     P of[N::States];
     for (int q = 0; q < N::States; q++) of[q] = load_lanes(s.before[q] + base + k, lanes);
-    const Site<P> site = N::step(p, load_lanes(input + k, lanes), of, output[i]);
+    const P x = load_lanes(input + k, lanes);
+    Site<P> site;
+    if constexpr (N::Recurrent)
+      site = N::step(p, Drive<P>{x, load_lanes(s.recurrent + base + k, lanes)}, of, output[i]);
+    else
+      site = N::step(p, x, of, output[i]);
     for (int q = 0; q < N::States; q++) state[q][i] = of[q];
     u[i] = site.u;
     for (int q = 0; q < N::Traces; q++) trace[q][i] = site.trace[q];

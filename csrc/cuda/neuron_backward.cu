@@ -19,6 +19,7 @@ struct Arguments {
   const void* state_in[kMaxStates];  // before the first step, if that is the sequence's first
   const void* carry_in[kMaxStates];  // null: zero
   void* carry_out[kMaxStates];      // null: not wanted
+  const void* grad_recurrent;       // of the output of the last step; null: none
   void* grad_input;                 // of the first step
   void* grad_parameters[kMaxParameters];
   int64_t steps;
@@ -58,7 +59,7 @@ template <class N, bool Learn> class Scan {
         if (last - k > 0) load_bits(a_.step[last - k], loaded[k]);
 #pragma unroll
       for (int k = 0; k < kGroup; k++)
-        if (last - k > 0) load_values(a_.step[last - k], loaded[k]);
+        if (last - k > 0) load_values(last - k, loaded[k]);
 #pragma unroll
       for (int k = 0; k < kGroup; k++)
         if (last - k > 0) reverse_step(last - k, loaded[k], carry, sums);
@@ -73,9 +74,12 @@ template <class N, bool Learn> class Scan {
   }
 
  private:
-  __device__ bool differentiable(const Step& step) const {
+  // The gradient that a step's output gets through the recurrence, null if none.
+  __device__ const void* recurrent(int64_t step) const { return step == a_.steps ? a_.grad_recurrent : nullptr; }
+
+  __device__ bool differentiable(const Step& step, bool recurrent) const {
     // An output nobody uses sends no gradient at all (not zeros: 0 times an infinite derivative would be NaN).
-    const bool wanted = step.grad_output || step.grad_active || N::InnerSpikeGradient;
+    const bool wanted = step.grad_output || step.grad_active || recurrent || N::InnerSpikeGradient;
     return N::Spikes && wanted && a_.layer.surrogate.kind != kZeroDerivative;
   }
 
@@ -85,14 +89,17 @@ template <class N, bool Learn> class Scan {
     to.reset = (kBefore || N::AdjointUsesReset) && step.reset && read_bit(step.reset, site_);
   }
 
-  __device__ void load_values(const Step& step, Loaded<T>& to) const {
+  __device__ void load_values(int64_t number, Loaded<T>& to) const {
+    const Step& step = a_.step[number];
+    const void* through = N::Recurrent ? recurrent(number) : nullptr;
     // Without parameter gradients the neurons' adjoints see the gradient of a spike only through its derivative.
     const bool everywhere = site_.exists && (Learn || !N::Spikes);
     to.output = T(0);
     if (step.grad_output && (everywhere || to.active)) to.output = load<T>(step.grad_output, offset_);
+    if (through && (everywhere || to.active)) to.output += load<T>(through, offset_);
     if (step.grad_active && to.active) to.output += load<T>(step.grad_active, offset_);
     to.u = T(0);
-    const bool derivative = to.active && differentiable(step);
+    const bool derivative = to.active && differentiable(step, through != nullptr);
     if (step.membrane) {
       if (derivative || (Learn && site_.exists)) to.u = load<T>(step.membrane, offset_);
     } else if (derivative) {
@@ -188,13 +195,14 @@ template <class N> cudaError_t run(const SnnNeuronBackward& a, cudaStream_t stre
     chunk.layer = a.layer;
     chunk.steps = last - first;
     for (int i = 0; i < N::States; i++) {
-      chunk.state_in[i] = first ? nullptr : a.state_in[i];
-      chunk.carry_in[i] = last < a.steps ? a.carry[i] : nullptr;
+      chunk.state_in[i] = first || a.earlier ? nullptr : a.state_in[i];
+      chunk.carry_in[i] = last < a.steps ? a.carry[i] : a.carry_in[i];
       chunk.carry_out[i] = first ? a.carry[i] : a.grad_state_in[i];
     }
     if (a.grad_input) chunk.grad_input = static_cast<T*>(a.grad_input) + first * a.layer.rows * a.layer.cols;
     for (int p = 0; p < N::Count; p++) chunk.grad_parameters[p] = a.grad_parameters[p];
-    for (int64_t k = first ? 0 : 1; k <= chunk.steps; k++) chunk.step[k] = step_of(a, first + k - 1);
+    if (last == a.steps) chunk.grad_recurrent = a.grad_recurrent;
+    for (int64_t k = first || a.earlier ? 0 : 1; k <= chunk.steps; k++) chunk.step[k] = step_of(a, first + k - 1);
     const auto kernel = learn ? backward_kernel<N, true> : backward_kernel<N, false>;
     const cudaError_t error = launch(kernel, blocks, 1, kSitesPerBlock, 0, stream, chunk);
     if (error != cudaSuccess) return error;

@@ -8,7 +8,7 @@ namespace cuda {
 namespace {
 
 struct Step {
-  const void* input;
+  const void *input, *recurrent;
   void *output, *membrane, *traces[kMaxTraces], *states[kMaxStates];
   uint64_t *raster, *reset, *active;
   int64_t* offsets;
@@ -57,16 +57,23 @@ __global__ void __launch_bounds__(kSitesPerBlock) forward_kernel(const __grid_co
   for (int i = 0; i < N::States; i++) state[i] = site.exists ? load<T>(a.state_in[i], offset) : T(0);
   constexpr int kGroup = Steps < kAhead ? Steps : kAhead;
   for (int64_t first = 0; first < a.steps; first += kGroup) {
-    T input[kGroup];
+    T input[kGroup], recurrent[kGroup];
 #pragma unroll
-    for (int k = 0; k < kGroup; k++)
-      input[k] = first + k < a.steps && site.exists ? load<T>(a.step[first + k].input, offset) : T(0);
+    for (int k = 0; k < kGroup; k++) {
+      const bool exists = first + k < a.steps && site.exists;
+      input[k] = exists ? load<T>(a.step[first + k].input, offset) : T(0);
+      recurrent[k] = N::Recurrent && exists ? load<T>(a.step[first + k].recurrent, offset) : T(0);
+    }
 #pragma unroll
     for (int k = 0; k < kGroup; k++) {
       if (first + k >= a.steps) break;
       const Step& step = a.step[first + k];
       T output;
-      const Site<T> s = N::step(p, input[k], state, output);
+      Site<T> s;
+      if constexpr (N::Recurrent)
+        s = N::step(p, Drive<T>{input[k], recurrent[k]}, state, output);
+      else
+        s = N::step(p, input[k], state, output);
       if (site.exists) {
         if (step.output) static_cast<T*>(step.output)[offset] = output;
         if (step.membrane) static_cast<T*>(step.membrane)[offset] = s.u;
@@ -106,6 +113,7 @@ __global__ void __launch_bounds__(kSitesPerBlock) forward_kernel(const __grid_co
 Step step_of(const SnnNeuronForward& a, int64_t step) {
   Step s{};
   s.input = a.input[step];
+  s.recurrent = entry(a.recurrent, step);
   s.output = entry(a.output, step);
   s.membrane = entry(a.membrane, step);
   for (int i = 0; i < kMaxTraces; i++) s.traces[i] = entry(a.traces[i], step);

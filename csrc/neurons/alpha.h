@@ -9,7 +9,7 @@ template <class Scalar> struct Alpha : Firing<Scalar, kAnyReset, false> {
   using T = Scalar;
   using Fires = Firing<T, kAnyReset, false>;
   static constexpr int States = 3, Count = 5, Traces = 2;  // states mem, syn_exc, syn_inh; traced: the currents
-  static constexpr bool AdjointUsesBefore = false;
+  static constexpr bool Recurrent = false, AdjointUsesBefore = false;
   struct Parameters : Fires {
     T tau, alpha, beta;  // tau = log(alpha) / (log(beta) - log(alpha)) + 1; alpha and beta already clamped to [0, 1]
     SNN_HD Parameters(const T* p, int reset) : Fires{p[1], p[2], reset}, tau(p[0]), alpha(p[3]), beta(p[4]) {}

@@ -8,7 +8,7 @@ namespace snn {
 template <class Scalar> struct Iaf {
   using T = Scalar;
   static constexpr int States = 1, Count = 2, Traces = 0;
-  static constexpr bool Spikes = true, InnerSpikeGradient = true;
+  static constexpr bool Spikes = true, Recurrent = false, InnerSpikeGradient = true;
   static constexpr bool AdjointUsesSpike = true, AdjointUsesReset = false, AdjointUsesTraces = false,
                         AdjointUsesBefore = false;
   struct Parameters {

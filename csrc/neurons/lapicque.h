@@ -8,7 +8,7 @@ template <class Scalar> struct Lapicque : Firing<Scalar, kAnyReset, false> {
   using T = Scalar;
   using Fires = Firing<T, kAnyReset, false>;
   static constexpr int States = 1, Count = 6, Traces = 0;
-  static constexpr bool AdjointUsesBefore = false;
+  static constexpr bool Recurrent = false, AdjointUsesBefore = false;
   struct Parameters : Fires {
     T decay, resistance, inverse, time_step;  // decay = 1 - time_step / RC, inverse = 1 / RC; no gradients of these
     SNN_HD Parameters(const T* p, int reset)

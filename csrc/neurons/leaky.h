@@ -8,7 +8,7 @@ template <class Scalar, int Reset, bool Late> struct Leaky : Firing<Scalar, Rese
   using T = Scalar;
   using Fires = Firing<T, Reset, Late>;
   static constexpr int States = 1, Count = 3, Traces = 0;
-  static constexpr bool AdjointUsesBefore = false;
+  static constexpr bool Recurrent = false, AdjointUsesBefore = false;
   struct Parameters : Fires {
     T beta;  // already clamped to [0, 1]
     SNN_HD Parameters(const T* p, int reset) : Fires{p[1], p[2], reset}, beta(p[0]) {}

@@ -8,7 +8,7 @@ namespace snn {
 template <class Scalar> struct Li {
   using T = Scalar;
   static constexpr int States = 2, Count = 3, Traces = 1;  // traced: the synaptic current
-  static constexpr bool Spikes = false, InnerSpikeGradient = false;
+  static constexpr bool Spikes = false, Recurrent = false, InnerSpikeGradient = false;
   static constexpr bool AdjointUsesSpike = false, AdjointUsesReset = false, AdjointUsesTraces = false,
                         AdjointUsesBefore = false;
   struct Parameters {

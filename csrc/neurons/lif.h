@@ -1,14 +1,15 @@
-// Norse LIF and LIFCell (norse/torch/functional/lif.py, lif_feed_forward_step of 1.1.0). The reset is NOT detached.
+// Norse LIF and LIFCell (norse/torch/functional/lif.py, lif_feed_forward_step of 1.1.0), whose reset is NOT detached; and
+// LIFRecurrent and LIFRecurrentCell (lif_step), whose reset is.
 #pragma once
 #include "../abi.h"
 #include "site.h"
 
 namespace snn {
 
-template <class Scalar> struct Lif {
+template <class Scalar, bool IsRecurrent> struct Lif {
   using T = Scalar;
   static constexpr int States = 2, Count = 5, Traces = 1;  // traced: the synaptic current
-  static constexpr bool Spikes = true, InnerSpikeGradient = true;
+  static constexpr bool Spikes = true, Recurrent = IsRecurrent, InnerSpikeGradient = !Recurrent;
   static constexpr bool AdjointUsesSpike = true, AdjointUsesReset = false, AdjointUsesTraces = false,
                         AdjointUsesBefore = false;
   struct Parameters {
@@ -18,7 +19,7 @@ template <class Scalar> struct Lif {
 
   SNN_HD static T after_reset(const Parameters& p, T u, T spike) { return (T(1) - spike) * u + spike * p.reset; }
 
-  SNN_HD static Site<T> step(const Parameters& p, T x, T* state, T& output) {
+  template <class Input> SNN_HD static Site<T> step(const Parameters& p, const Input& x, T* state, T& output) {
     Site<T> s;
     T c = state[1] + x;
     T u = state[0] + p.mem * ((p.leak - state[0]) + c);
@@ -41,7 +42,7 @@ template <class Scalar> struct Lif {
   }
 
   SNN_HD static T upstream(const Parameters& p, const Site<T>& s, const Cotangents<T, States>& g) {
-    return g.output + g.state[0] * (p.reset - s.u);
+    return Recurrent ? g.output : g.output + g.state[0] * (p.reset - s.u);
   }
 
   SNN_HD static Gradients<T, States, Count> adjoint(const Parameters& p, const Site<T>& s, const T* before,

@@ -10,7 +10,7 @@ namespace snn {
 template <class Scalar> struct LifBox {
   using T = Scalar;
   static constexpr int States = 1, Count = 4, Traces = 1;  // traced: the input
-  static constexpr bool Spikes = true, InnerSpikeGradient = true;
+  static constexpr bool Spikes = true, Recurrent = false, InnerSpikeGradient = true;
   static constexpr bool AdjointUsesSpike = true, AdjointUsesReset = false, AdjointUsesTraces = false,
                         AdjointUsesBefore = false;
   struct Parameters {
@@ -64,7 +64,7 @@ template <class Scalar> struct LifBox {
 template <class Scalar> struct LiBox {
   using T = Scalar;
   static constexpr int States = 1, Count = 2, Traces = 1;  // traced: the input
-  static constexpr bool Spikes = false, InnerSpikeGradient = false;
+  static constexpr bool Spikes = false, Recurrent = false, InnerSpikeGradient = false;
   static constexpr bool AdjointUsesSpike = false, AdjointUsesReset = false, AdjointUsesTraces = false,
                         AdjointUsesBefore = false;
   struct Parameters {

@@ -1,15 +1,16 @@
 // Norse LSNN and LSNNCell (norse/torch/functional/lsnn.py): the threshold b adapts, and the membrane is driven by the
-// synaptic current of the step before. Neither reset nor adaptation is detached.
+// synaptic current of the step before. Neither reset nor adaptation is detached, but in LSNNRecurrent and
+// LSNNRecurrentCell both are.
 #pragma once
 #include "../abi.h"
 #include "site.h"
 
 namespace snn {
 
-template <class Scalar> struct Lsnn {
+template <class Scalar, bool IsRecurrent> struct Lsnn {
   using T = Scalar;
   static constexpr int States = 3, Count = 7, Traces = 2;  // states v, i, b; traced: decayed b, old i
-  static constexpr bool Spikes = true, InnerSpikeGradient = true;
+  static constexpr bool Spikes = true, Recurrent = IsRecurrent, InnerSpikeGradient = !Recurrent;
   static constexpr bool AdjointUsesSpike = true, AdjointUsesReset = false, AdjointUsesTraces = true,
                         AdjointUsesBefore = false;
   struct Parameters {
@@ -20,7 +21,7 @@ template <class Scalar> struct Lsnn {
 
   SNN_HD static T after_reset(const Parameters& p, T u, T spike) { return (T(1) - spike) * u + spike * p.reset; }
 
-  SNN_HD static Site<T> step(const Parameters& p, T x, T* state, T& output) {
+  template <class Input> SNN_HD static Site<T> step(const Parameters& p, const Input& x, T* state, T& output) {
     Site<T> s;
     T u = state[0] + p.mem * ((p.leak - state[0]) + state[1]);
     T i = state[1] + p.syn * state[1];
@@ -47,7 +48,7 @@ template <class Scalar> struct Lsnn {
   }
 
   SNN_HD static T upstream(const Parameters& p, const Site<T>& s, const Cotangents<T, States>& g) {
-    return g.output + g.state[0] * (p.reset - s.u) + g.state[2] * p.beta;
+    return Recurrent ? g.output : g.output + g.state[0] * (p.reset - s.u) + g.state[2] * p.beta;
   }
 
   SNN_HD static Gradients<T, States, Count> adjoint(const Parameters& p, const Site<T>& s, const T* before,

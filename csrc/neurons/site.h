@@ -2,6 +2,7 @@
 // neuron); the CPU scan runs it on the lanes of a vector as its number type, a CUDA kernel on a number in each thread.
 //
 //   States                 how many state variables are carried from step to step (the first is the membrane)
+//   Recurrent              step() takes a Drive; a spike passes a gradient on through the recurrence as well
 //   Traces                 how many values a step may record besides u, for its adjoint
 //   Spikes                 has a threshold comparison
 //   InnerSpikeGradient     the neuron's own dynamics send a gradient to the spike decision (reset not detached)
@@ -26,6 +27,12 @@ SNN_HD double positive(double x) { return x > 0 ? 1. : 0.; }
 // One site at one time step: u at the threshold comparison, and what else was recorded; spike and reset are 0 or 1.
 template <class T> struct Site {
   T u, trace[kMaxTraces], spike, reset;
+};
+
+// What drives a recurrent neuron; added to what it has in the order of the host libraries.
+template <class T> struct Drive {
+  T input, recurrent;
+  SNN_HD friend T operator+(const T& a, const Drive& d) { return (a + d.input) + d.recurrent; }
 };
 
 // Gradients at one site: from outside for the output, and for the states from outside plus the carried part.

@@ -1,21 +1,21 @@
-// snnTorch Synaptic (snntorch/_neurons/synaptic.py). A reset to zero takes away the whole update of the membrane and
+// snnTorch Synaptic (snntorch/_neurons/synaptic.py) and RSynaptic (rsynaptic.py). A reset to zero takes away the whole update of the membrane and
 // leaves the synaptic current alone.
 #pragma once
 #include "firing.h"
 
 namespace snn {
 
-template <class Scalar, bool Late> struct Synaptic : Firing<Scalar, kAnyReset, Late> {
+template <class Scalar, bool Late, bool IsRecurrent> struct Synaptic : Firing<Scalar, kAnyReset, Late> {
   using T = Scalar;
   using Fires = Firing<T, kAnyReset, Late>;
   static constexpr int States = 2, Count = 4, Traces = 1;  // states mem, syn; traced: syn
-  static constexpr bool AdjointUsesBefore = false;
+  static constexpr bool Recurrent = IsRecurrent, AdjointUsesBefore = false;
   struct Parameters : Fires {
     T beta, alpha;  // already clamped to [0, 1]
     SNN_HD Parameters(const T* p, int reset) : Fires{p[1], p[2], reset}, beta(p[0]), alpha(p[3]) {}
   };
 
-  SNN_HD static Site<T> step(const Parameters& p, T x, T* state, T& output) {
+  template <class Input> SNN_HD static Site<T> step(const Parameters& p, const Input& x, T* state, T& output) {
     Site<T> s;
     s.reset = positive(state[0] - p.threshold);
     T syn = p.alpha * state[1] + x;

@@ -9,6 +9,7 @@
 #include "lif.h"
 #include "lif_box.h"
 #include "lsnn.h"
+#include "rleaky.h"
 #include "synaptic.h"
 
 namespace snn {
@@ -25,15 +26,20 @@ template <class T, class Visit> auto visit_leaky(const SnnLayer& layer, Visit vi
 }
 template <class T, class Visit> auto visit_neuron(const SnnLayer& layer, Visit visit) {
   switch (layer.model) {
-    case kSynaptic: return layer.late_reset ? visit(Tag<Synaptic<T, true>>()) : visit(Tag<Synaptic<T, false>>());
+    case kSynaptic:
+      return layer.late_reset ? visit(Tag<Synaptic<T, true, false>>()) : visit(Tag<Synaptic<T, false, false>>());
+    case kRLeaky: return layer.late_reset ? visit(Tag<RLeaky<T, true>>()) : visit(Tag<RLeaky<T, false>>());
+    case kRSynaptic: return visit(Tag<Synaptic<T, false, true>>());
     case kLapicque: return visit(Tag<Lapicque<T>>());
     case kAlpha: return visit(Tag<Alpha<T>>());
-    case kLif: return visit(Tag<Lif<T>>());
+    case kLif: return visit(Tag<Lif<T, false>>());
+    case kLifRecurrent: return visit(Tag<Lif<T, true>>());
     case kLi: return visit(Tag<Li<T>>());
     case kLifBox: return visit(Tag<LifBox<T>>());
     case kLiBox: return visit(Tag<LiBox<T>>());
     case kIaf: return visit(Tag<Iaf<T>>());
-    case kLsnn: return visit(Tag<Lsnn<T>>());
+    case kLsnn: return visit(Tag<Lsnn<T, false>>());
+    case kLsnnRecurrent: return visit(Tag<Lsnn<T, true>>());
     default: return visit_leaky<T>(layer, visit);
   }
 }

@@ -1,0 +1,148 @@
+"""Recurrent layers: the scan of a step, and the product of its spikes that drives the next one, in turn."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F
+
+from . import kernels
+from .abi import STRUCTS
+from .config import Options
+from .counters import counts
+from .native import event_parallel, kernel
+from .raster import Raster
+from .scans import BackwardScan, ForwardScan, Layer
+from .summation import finite, order_of
+
+if TYPE_CHECKING:
+    from .recorder import Recurrence
+
+
+class RecurrentScan(ForwardScan):
+    """The forward scan of a recurrent layer: it multiplies the spikes of each step by itself.
+
+    Args:
+        recurrence: weight and bias.
+        options: tell whether the product may add in an order of its own.
+    """
+
+    def __init__(self, layer: Layer, recurrence: Recurrence, options: Options) -> None:
+        super().__init__(layer)
+        self._weight = recurrence.weight.detach()
+        self._bias = recurrence.bias.detach() if recurrence.bias is not None else None
+        self._current = layer.empty()  # of the recurrence, in the next step
+        self._slot = (ctypes.c_void_p * 1)(self._current.data_ptr())
+        self.arguments.recurrent = ctypes.addressof(self._slot)
+        self.product = self._by_events(options)
+        self._spikes: torch.Tensor | None = None
+        self._raster: Raster | None = None
+        self._outputs: torch.Tensor | None = None
+
+    def _by_events(self, options: Options) -> kernels.SynapseForward | None:
+        """The product that walks the events, where it gives the same bits as the host's or need not."""
+        layer, weight = self._layer, self._weight
+        if event_parallel(layer.device) or len(layer.shape) != 2:
+            return None
+        order: kernels.Order | None = kernels.IN_ONE_RUN
+        if options.forward != "sparse":
+            bias = self._bias is not None
+            order = order_of(layer.rows, layer.cols, layer.cols, layer.dtype, bias) if weight.is_contiguous() else None
+            if order is None or not finite(weight):
+                return None
+        return kernels.SynapseForward(weight, self._bias, order=order)
+
+    def begin(self, spikes: torch.Tensor, raster: Raster | None, outputs: torch.Tensor | None) -> None:
+        """To be called before a block is run.
+
+        Args:
+            spikes: what the step before emitted ``[B, N]``.
+            raster: the same, if it is known to be spikes.
+            outputs: where the spikes of a sequence go ``[T, B, N]``; None for a single step.
+        """
+        self._spikes, self._raster, self._outputs = spikes, raster, outputs
+
+    def run(self, steps: int, pointers: Iterable[int | None], state_in: Sequence[int], state_out: Sequence[int],
+            values: int | None = None, values_capacity: int = 0, first: int = 0, end: int | None = None,
+            report: Any = None) -> int:
+        last, size = steps if end is None else end, self._layer.dtype.itemsize
+        done = used = 0
+        if self.product is not None and last - first > 1:
+            return self._run_together(steps, pointers, state_in, state_out, values, values_capacity, first, last)
+        for step in range(first, last):
+            self._multiply(step)
+            place = values + used * size if values is not None else None
+            ran = super().run(steps, pointers, state_in, state_out, place, values_capacity - used, step, step + 1,
+                              report)
+            if not ran:
+                break
+            if values is not None and report is None:
+                used += self.active_counts[step]
+            state_in, done = state_out, done + 1
+        return done
+
+    def _run_together(self, steps: int, pointers: Iterable[int | None], state_in: Sequence[int],
+                      state_out: Sequence[int], values: int | None, capacity: int, first: int, last: int) -> int:
+        """Several steps in one call."""
+        self._multiply(first)
+        one = self._kernel
+
+        def together(address: int) -> int:
+            assert self.product is not None
+            counts["recurrent_sparse"] += 1
+            whole = STRUCTS["SnnRecurrentForward"](scan=self.arguments, product=self.product.arguments,
+                                                   current=self._current.data_ptr())
+            whole.product.threads = self.arguments.layer.threads
+            return kernel("recurrent_forward", self._layer.device)(ctypes.addressof(whole))
+
+        self._kernel = together
+        try:
+            return super().run(steps, pointers, state_in, state_out, values, capacity, first, last)
+        finally:
+            self._kernel = one
+
+    def _multiply(self, step: int) -> None:
+        """The recurrent current of a step, from the spikes before it."""
+        layer, raster = self._layer, self._raster
+        spikes = self._spikes if step == 0 or self._outputs is None else self._outputs[step - 1]
+        if self.product is not None and step > 0 and self._outputs is not None:
+            raster = kernels.pack(self._outputs[step - 1])
+        if self.product is not None and raster is not None:
+            counts["recurrent_sparse"] += 1
+            self.product(raster, out=self._current)
+            return
+        assert spikes is not None
+        with torch.no_grad(), torch.autocast(layer.device.type, enabled=False):
+            self._current.copy_(F.linear(spikes, self._weight, self._bias))
+
+
+def backward(scan: BackwardScan, weight: torch.Tensor, tiles: torch.Tensor | None, grad_input: torch.Tensor,
+             carry: Sequence[torch.Tensor]) -> None:
+    """The backward scan of a recurrent layer.
+
+    Args:
+        weight: recurrent ``[N, N]``.
+        tiles: CPU: the same packed, where gradients through it are wanted at active sites only.
+        grad_input: ``[T * B, N]``, filled.
+        carry: gradients of the states before the first step, filled.
+    """
+    layer = scan.layer
+    if tiles is not None:
+        counts["recurrent_gradient_sparse"] += 1
+        through = torch.zeros((layer.rows, layer.cols), dtype=layer.dtype)
+        a = STRUCTS["SnnRecurrentBackward"](scan=scan.arguments, tiles=tiles.data_ptr(), through=through.data_ptr())
+        for i, tensor in enumerate(carry):
+            a.scan.grad_state_in[i] = tensor.data_ptr()
+        a.scan.grad_input = grad_input.data_ptr()
+        kernel("recurrent_backward", layer.device)(ctypes.addressof(a))
+        return
+    counts["recurrent_gradient_dense"] += 1
+    through = None
+    for step in range(scan.steps - 1, -1, -1):
+        grad = grad_input[step * layer.rows : (step + 1) * layer.rows]
+        scan.run_one(step, grad, through, carry)
+        if step:
+            through = grad @ weight
