@@ -19,7 +19,7 @@ from typing import Any
 
 import norse.torch as stock
 import torch
-from norse.torch.module.snn import SNN, SNNCell
+from norse.torch.module.snn import SNN, SNNCell, SNNRecurrent, SNNRecurrentCell
 from torch import nn
 
 from ..compat.norse import hands_over, input_drives_membrane_at_once, surrogate_of
@@ -37,6 +37,7 @@ from . import synapses
 from .adapter import OPTIONS, Adapter, truncate
 from .fallback import mode_problem, report, tensor_problem
 from .norse_neurons import KINDS, Kind, host_class
+from .norse_recurrence import input_current, problem_of, recurrence_of
 from .plans import PlanCache
 from .support import Bystanders
 
@@ -61,6 +62,16 @@ def _cell_forward(self: Any, input_tensor: torch.Tensor, state: Any = None) -> t
     return _forward(self, SNNCell.forward, input_tensor, state, sequence=False)
 
 
+def _recurrent_sequence_forward(self: Any, input_tensor: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
+    """Sequence ``[T, B, inputs]`` -> spikes ``[T, B, N]`` and the last state."""
+    return _forward(self, SNNRecurrent.forward, input_tensor, state, sequence=True)
+
+
+def _recurrent_cell_forward(self: Any, input_tensor: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
+    """One time step ``[B, inputs]`` -> spikes ``[B, N]`` and state."""
+    return _forward(self, SNNRecurrentCell.forward, input_tensor, state, sequence=False)
+
+
 def _stock_sequence(self: Any, x: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
     return SNN.forward(self, settled(x), state)
 
@@ -80,30 +91,36 @@ def _forward(self: Any, host: Any, x: torch.Tensor, state: Any, sequence: bool) 
     kind = _KINDS.get(type(self))
     if not (sequence or options.fuse_steps) and spikes(self):
         return host(self, x, state)  # only Norse's own graph has the gradient at a spike with its part from the reset
-    if not sequence and kind is not None and isinstance(state, kind.state):
+    if not sequence and kind is not None and not kind.recurrent and isinstance(state, kind.state):
         done = lane_steps.neuron(self, options, x, *kind.states(state))
         if done is not None:
-            return done[0], kind.state(*done[1:])
+            return done[0], kind.tuple_of(done[1:])
     problem = _problem(self, kind, x, sequence)
     if problem is not None or kind is None:
         report(self, str(problem))
         return host(self, x, state)
     given = state is not None
     state = state if given else _on_device(self.state_fallback(x), x.device)
-    plan, problem = _plan_of(kind, self, options, x.shape[1:] if sequence else x.shape, x, state, given)
+    shape = x.shape[1:] if sequence else x.shape
+    if kind.recurrent:
+        shape = torch.Size((*shape[:-1], len(self.recurrent_weights)))
+    plan, problem = _plan_of(kind, self, options, shape, x, state, given)
     if problem is not None:
         report(self, problem)
         return host(self, x, state)
     states = kind.states(state)
-    if plan is None or not _differentiable(plan, x, states, x.shape[0] if sequence else 1):
+    if plan is None or not _differentiable(self, plan, x, states, x.shape[0] if sequence else 1):
         return host(self, x, state)
+    if kind.recurrent:
+        x = input_current(self, x, sequence, options)
     if type(self) in _CLASSES:
         synapses.switch("norse classes", True)
-    synapses.learn_source(x, self, options_of, _takes_over if sequence else None)
+    if not kind.recurrent:
+        synapses.learn_source(x, self, options_of, _takes_over if sequence else None)
     lane_steps.prepare()
     record = sequence and self.record_states
     result = run_neuron(plan, x, states, x.shape[0] if sequence else None, record)
-    return result.output, kind.state(*(result.recorded if record else result.finals))
+    return result.output, kind.tuple_of(result.recorded if record else result.finals)
 
 
 def _on_device(state: Any, device: torch.device) -> Any:
@@ -125,6 +142,10 @@ def _problem(module: Any, kind: Kind | None, x: torch.Tensor, sequence: bool) ->
         return problem
     if not x.numel() or (sequence and x.dim() == 0):
         return "the input is empty"
+    if kind.recurrent:
+        problem = problem_of(module, x, sequence)
+        if problem is not None:
+            return problem
     if module.activation is not kind.activation:
         return "its activation is not the library's feed-forward step"
     if isinstance(module, (stock.LIF, stock.LIFCell)) and not input_drives_membrane_at_once():
@@ -132,9 +153,12 @@ def _problem(module: Any, kind: Kind | None, x: torch.Tensor, sequence: bool) ->
     return None
 
 
-def _differentiable(plan: Plan, x: torch.Tensor, states: list[torch.Tensor], steps: int) -> bool:
+def _differentiable(module: Any, plan: Plan, x: torch.Tensor, states: list[torch.Tensor], steps: int) -> bool:
     """Whether all outputs require grad; a step without gradients, and the first with them, may be left to Norse."""
     given = [t.requires_grad for t in (x, *states, *plan.parameters)]
+    if plan.recurrence is not None:
+        given += [plan.recurrence.weight.requires_grad, False]
+        given[0] |= bool(module.input_weights.requires_grad)
     output, membrane, *_ = plan.dynamics.attached(given, steps, plan.surrogate.differentiable)
     return membrane and (output or not plan.differentiable_output)
 
@@ -169,7 +193,8 @@ def _plan_of(kind: Kind, module: Any, options: Options, shape: torch.Size, x: to
     if dynamics is None:
         return None, "its reset method is not the library's"
     method, alpha = getattr(p, "method", ""), getattr(p, "alpha", 0.0)
-    watched = [t for t in (*tensors, alpha, module.dt) if isinstance(t, torch.Tensor)]
+    weights = [module.recurrent_weights] if kind.recurrent else []
+    watched = [t for t in (*tensors, alpha, module.dt, *weights) if isinstance(t, torch.Tensor)]
     if any(t.is_inference() for t in watched):
         return None, "its parameters were made in inference mode"
     key = (id(options), shape, dtype, x.device, method, reset,
@@ -261,6 +286,8 @@ def _make_plan(kind: Kind, dynamics: Dynamics, module: Any, options: Options, te
     surrogate = surrogate_of(method, float(alpha.detach() if isinstance(alpha, torch.Tensor) else alpha))
     if surrogate is None:  # Norse raises its own error
         return None
+    if kind.recurrent:
+        shared |= {"recurrence": recurrence_of(module), "module": weakref.ref(module)}
     return Plan(dynamics, surrogate.within(options.cutoff), options, tuple(tensors), derive,
                 differentiable_output=surrogate is not NO_GRADIENT, **shared)
 
@@ -310,7 +337,34 @@ class LSNNCell(stock.LSNNCell):
     forward = _cell_forward
 
 
-_SWAPPED: dict[type, type] = {cls.__bases__[0]: cls for cls in (LIF, LIFCell, LI, LICell, LIFBoxCell, LSNN, LSNNCell)}
+class LIFRecurrent(stock.LIFRecurrent):
+    """Norse's ``LIFRecurrent``: recurrent leaky integrate-and-fire neurons over a sequence ``[T, B, inputs]``."""
+
+    forward = _recurrent_sequence_forward
+
+
+class LIFRecurrentCell(stock.LIFRecurrentCell):
+    """Norse's ``LIFRecurrentCell``: one time step ``[B, inputs]`` of recurrent leaky integrate-and-fire neurons."""
+
+    forward = _recurrent_cell_forward
+
+
+class LSNNRecurrent(stock.LSNNRecurrent):
+    """Norse's ``LSNNRecurrent``: recurrent neurons with an adaptive threshold over a sequence ``[T, B, inputs]``."""
+
+    forward = _recurrent_sequence_forward
+
+
+class LSNNRecurrentCell(stock.LSNNRecurrentCell):
+    """Norse's ``LSNNRecurrentCell``: one time step ``[B, inputs]`` of recurrent neurons with an adaptive threshold."""
+
+    forward = _recurrent_cell_forward
+
+
+_SWAPPED: dict[type, type] = {cls.__bases__[0]: cls for cls in (
+    LIF, LIFCell, LI, LICell, LIFBoxCell, LSNN, LSNNCell, LIFRecurrent, LIFRecurrentCell, LSNNRecurrent,
+    LSNNRecurrentCell,
+)}
 
 
 def _swap_in(name: str) -> None:
@@ -322,7 +376,9 @@ def _swap_in(name: str) -> None:
 
 
 def _forward_of(host: type) -> Any:
-    return _sequence_forward if issubclass(host, SNN) else _cell_forward
+    forwards = {SNN: _sequence_forward, SNNCell: _cell_forward, SNNRecurrent: _recurrent_sequence_forward,
+                SNNRecurrentCell: _recurrent_cell_forward}
+    return next(forward for base, forward in forwards.items() if issubclass(host, base))
 
 
 for _name in ("IAF", "IAFCell", "LIBoxCell", "LIFBox", "LIBox"):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
 from torch import Tensor
 
-from ..dynamics import IAF, LI, LI_BOX, LIF, LSNN, Dynamics, lif_box
+from ..dynamics import IAF, LI, LI_BOX, LIF, LIF_RECURRENT, LSNN, LSNN_RECURRENT, Dynamics, lif_box
 
 _lif = import_module("norse.torch.functional.lif")
 _li = import_module("norse.torch.functional.leaky_integrator")
@@ -25,7 +25,8 @@ class Kind:
     """A class of neurons.
 
     Args:
-        state: the named tuple of its states, in the order of the dynamics.
+        state: the named tuple of its states.
+        order: their names, in the order of the dynamics.
         parameters: names of the members of ``p`` that are parameters, in the order of the dynamics.
         dynamics: of a module's ``p``; None if there are none for it.
         activation: the step function that the kernels stand for.
@@ -35,7 +36,8 @@ class Kind:
         delayed: the input does not reach the output of its own step, so that the states alone give that its shape.
     """
 
-    state: type
+    state: Any
+    order: tuple[str, ...]
     parameters: tuple[str, ...]
     dynamics: Callable[[Any], Dynamics | None]
     activation: Any
@@ -49,8 +51,17 @@ class Kind:
         return [getattr(p, name) for name in self.parameters]
 
     def states(self, state: Any) -> list[Any]:
-        """The states in a tuple."""
-        return [getattr(state, name) for name in self.state._fields]  # type: ignore[attr-defined]
+        """The states in a tuple, in the order of the dynamics."""
+        return [getattr(state, name) for name in self.order]
+
+    def tuple_of(self, states: Sequence[Tensor]) -> Any:
+        """The tuple of states in the order of the dynamics."""
+        return self.state(**dict(zip(self.order, states, strict=True)))
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether its spikes drive its next step."""
+        return self.order[-1] == "z"
 
     def derive(self, tensors: Sequence[Tensor], dt: Any) -> tuple[Tensor, ...]:
         """The parameters of the dynamics."""
@@ -65,19 +76,23 @@ def _box_dynamics(p: Any) -> Dynamics | None:
 
 _LEAK = (("v_leak", "v"),)
 
-_LIF = Kind(_lif.LIFFeedForwardState, ("tau_mem_inv", "tau_syn_inv", "v_leak", "v_th", "v_reset"), lambda p: LIF,
-            _lif.lif_feed_forward_step, (1, -1, 0, 0, 0), _LEAK, "i")
-_LI = Kind(_li.LIState, ("tau_mem_inv", "tau_syn_inv", "v_leak"), lambda p: LI, _li.li_feed_forward_step, (1, -1, 0),
-           _LEAK, "i")
-_LIF_BOX = Kind(_box.LIFBoxFeedForwardState, ("tau_mem_inv", "v_leak", "v_th", "v_reset"), _box_dynamics,
+_LIF = Kind(_lif.LIFFeedForwardState, ("v", "i"), ("tau_mem_inv", "tau_syn_inv", "v_leak", "v_th", "v_reset"),
+            lambda p: LIF, _lif.lif_feed_forward_step, (1, -1, 0, 0, 0), _LEAK, "i")
+_LI = Kind(_li.LIState, ("v", "i"), ("tau_mem_inv", "tau_syn_inv", "v_leak"), lambda p: LI,
+           _li.li_feed_forward_step, (1, -1, 0), _LEAK, "i")
+_LIF_BOX = Kind(_box.LIFBoxFeedForwardState, ("v",), ("tau_mem_inv", "v_leak", "v_th", "v_reset"), _box_dynamics,
                 _box.lif_box_feed_forward_step, (1, 0, 0, 0))
-_LI_BOX = Kind(_li_box.LIBoxState, ("tau_mem_inv", "v_leak"), lambda p: LI_BOX, _li_box.li_box_feed_forward_step,
-               (1, 0), _LEAK)
-_IAF = Kind(_iaf.IAFFeedForwardState, ("v_th", "v_reset"), lambda p: IAF, _iaf.iaf_feed_forward_step, (0, 0))
-_LSNN = Kind(_lsnn.LSNNFeedForwardState,
+_LI_BOX = Kind(_li_box.LIBoxState, ("v",), ("tau_mem_inv", "v_leak"), lambda p: LI_BOX,
+               _li_box.li_box_feed_forward_step, (1, 0), _LEAK)
+_IAF = Kind(_iaf.IAFFeedForwardState, ("v",), ("v_th", "v_reset"), lambda p: IAF, _iaf.iaf_feed_forward_step, (0, 0))
+_LSNN = Kind(_lsnn.LSNNFeedForwardState, ("v", "i", "b"),
              ("tau_mem_inv", "tau_syn_inv", "v_leak", "tau_adapt_inv", "v_th", "v_reset", "beta"), lambda p: LSNN,
              _lsnn.lsnn_feed_forward_step, (1, -1, 0, 1, 0, 0, 0), (("v_leak", "v"), ("v_th", "b")), delayed=True)
 
+_LIF_RECURRENT = replace(_LIF, state=_lif.LIFState, order=("v", "i", "z"), dynamics=lambda p: LIF_RECURRENT,
+                         activation=_lif.lif_step)
+_LSNN_RECURRENT = replace(_LSNN, state=_lsnn.LSNNState, order=("v", "i", "b", "z"), dynamics=lambda p: LSNN_RECURRENT,
+                          activation=_lsnn.lsnn_step)
 
 
 def host_class(name: str) -> Any:
@@ -95,5 +110,7 @@ def host_class(name: str) -> Any:
 _NAMES = {
     "LIF": _LIF, "LIFCell": _LIF, "LI": _LI, "LICell": _LI, "LIFBox": _LIF_BOX, "LIFBoxCell": _LIF_BOX,
     "LIBox": _LI_BOX, "LIBoxCell": _LI_BOX, "IAF": _IAF, "IAFCell": _IAF, "LSNN": _LSNN, "LSNNCell": _LSNN,
+    "LIFRecurrent": _LIF_RECURRENT, "LIFRecurrentCell": _LIF_RECURRENT, "LSNNRecurrent": _LSNN_RECURRENT,
+    "LSNNRecurrentCell": _LSNN_RECURRENT,
 }
 KINDS: dict[type, Kind] = {host: kind for name, kind in _NAMES.items() if (host := host_class(name)) is not None}

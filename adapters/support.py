@@ -38,7 +38,6 @@ _RESETS = "every reset; learnable and per-neuron parameters; any trailing shape"
 _LEFT = "left to the host: inhibition, state_quant, surrogates without a known formula"
 _BROADCAST = "learnable parameters of any broadcast shape; any state"
 _METHODS = f"every `method`; {_BROADCAST}"
-_RECURRENT = "its recurrent product is not fused"
 _WHOLE = "it takes whole sequences in one call, and there is no time loop to fuse"
 
 SUPPORT = (
@@ -58,7 +57,9 @@ SUPPORT = (
     Row("norse", ("IAF", "IAFCell"), True, _METHODS),
     Row("norse", ("LSNN", "LSNNCell"), True,
         f"{_METHODS}; left to the host: adjoint=True, states with fewer dimensions than the input"),
-    Row("norse", ("LIFRecurrent", "LIFRecurrentCell", "LSNNRecurrent", "LSNNRecurrentCell"), False, _RECURRENT),
+    Row("norse", ("LIFRecurrent", "LIFRecurrentCell", "LSNNRecurrent", "LSNNRecurrentCell"), True,
+        f"{_METHODS}; autapses and masks; left to the host: sparse COO input, record_states, adjoint=True, more than two "
+        "dimensions a step"),
     Row("norse", ("LILinearCell",), False, "its product is part of the step"),
     Row("norse", ("LIFEx", "LIFExCell", "LIFExRecurrent", "LIFExRecurrentCell", "LIFAdEx", "LIFAdExCell",
                   "LIFAdExRecurrent", "LIFAdExRecurrentCell", "LIFAdExRefracCell", "LIFAdExRefracRecurrentCell",

@@ -272,6 +272,9 @@ class NeuronTape(Tape):
             result[len(dynamics.carried)] = (grad[:rows] @ weight).sum_to_size(self.state_kinds[-1][0]).view(
                 self.state_kinds[-1][0])
         of_weight, of_bias = wanted[-2:]
+        if not of_weight and recurrence.weight.requires_grad and recurrence.weight._backward_hooks:
+            # Nothing reaches it, but its hooks (Norse's against autapses) are called all the same, and not with None.
+            result[len(wanted) - 2] = torch.zeros_like(weight)
         if of_weight:
             first = grad[:rows].t() @ self.spikes_in[0].view(rows, layer.cols)
             result[len(wanted) - 2] = first + self._recurrent_gradient(grad[rows:], spikes) if spikes else first
@@ -279,7 +282,7 @@ class NeuronTape(Tape):
             result[len(wanted) - 1] = grad.sum(0)
 
     def _recurrent_gradient(self, grad: torch.Tensor, rows: int) -> torch.Tensor:
-        """That of the recurrent weight, from the spikes of so many rows ``[T * B]`` that drove the steps behind them."""
+        """That of the recurrent weight, from the spikes of so many rows ``[T * B]``, which drove the steps behind."""
         rasters = [block.raster for block in self.blocks]
         raster = Raster.concatenate(r for r in rasters if r is not None).part(0, rows)
         if not event_parallel(raster.device) and density(raster) <= self._crossover("weight_gradient")(raster):

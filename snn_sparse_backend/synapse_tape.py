@@ -107,19 +107,20 @@ class SynapseTape(Tape):
         raster = None if event_parallel(flat.device) else kernels.pack(flat)
         return Entry(raster, flat if raster is None else None, flat._version, key)
 
-    def currents(self, host: Any, x: torch.Tensor, entry: Entry, defer: bool) -> torch.Tensor:
+    def currents(self, host: Any, x: torch.Tensor, entry: Entry, defer: bool, rows: int | None) -> torch.Tensor:
         """The output of the synapse outside autograd: by the host's own operation, or summed over the spikes.
 
         While the input stays the very same tensor, it is multiplied once and its current copied.
 
         Args:
             defer: a sum over the spikes of several steps may be left to the neuron, see :class:`DeferredCurrents`.
+            rows: as many as the host multiplies at once; None: all.
         """
         if self.steps and self.steps[-1].entry is entry and self.current is not None:
             if self.current._version == self.current_version:
                 return self.current.clone()
         with torch.no_grad():
-            current = self._sparse_currents(x, entry, defer)
+            current = self._sparse_currents(x, entry, defer, rows)
             current = host() if current is None else current
         if current._is_view():  # autograd must be able to give it a history of its own
             current = current.detach()
@@ -127,7 +128,7 @@ class SynapseTape(Tape):
             self.current, self.current_version = current.detach(), current._version
         return current
 
-    def _sparse_currents(self, x: torch.Tensor, entry: Entry, defer: bool) -> torch.Tensor | None:
+    def _sparse_currents(self, x: torch.Tensor, entry: Entry, defer: bool, rows: int | None) -> torch.Tensor | None:
         raster, factors = entry.raster, None
         in_order = self.options.forward != "sparse"
         # One step after another is left to the lane, which has the weights packed.
@@ -142,7 +143,7 @@ class SynapseTape(Tape):
                 return None
             factors = entry.dense.contiguous()
             raster = kernels.nonzero(factors)
-        order = self._order_of_host(raster.rows) if in_order else kernels.IN_ONE_RUN
+        order = self._order_of_host(rows or raster.rows) if in_order else kernels.IN_ONE_RUN
         if order is None:
             return None
         counts["forward_sparse"] += 1
@@ -405,7 +406,7 @@ class SynapseTape(Tape):
 
 
 def run_synapse(module: nn.Linear, options: Options, host: Any, x: torch.Tensor, tag: SpikeTag | None,
-                feeds: Feeds | None = None, defer: bool = False) -> torch.Tensor:
+                feeds: Feeds | None = None, defer: bool = False, rows: int | None = None) -> torch.Tensor:
     """One call of a synapse, recorded on the tape of its sequence.
 
     Args:
@@ -417,6 +418,7 @@ def run_synapse(module: nn.Linear, options: Options, host: Any, x: torch.Tensor,
         feeds: the neuron that it feeds, as far as it is known, and how to ask for the options in force for that.
         defer: nobody but a neuron that is ready for it gets the currents, so that they may come as a
             :class:`DeferredCurrents`.
+        rows: as many as the host multiplies at once; None: all of a call.
     """
     owner = tag.tape() if tag is not None and x.requires_grad else None
     tape = open_tape(module, owner)
@@ -425,7 +427,7 @@ def run_synapse(module: nn.Linear, options: Options, host: Any, x: torch.Tensor,
     if not isinstance(tape, SynapseTape) or not tape.continues(module, options):
         tape = SynapseTape(module, options, owner)
     entry = tape.entry_of(x, tag)
-    current = tape.currents(host, x, entry, defer)
+    current = tape.currents(host, x, entry, defer, rows)
     direct = owner is not None and tag is not None and load_node().tape_of(x) is owner
     spikes = (weakref.ref(owner), tag.block) if owner is not None and tag is not None and direct else None
     # Only an unowned step may have to move; the spikes of an owner need not be kept as floats.
