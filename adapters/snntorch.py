@@ -272,7 +272,7 @@ def _make_plan(kind: Kind, module: Any, options: Options, tensors: dict[str, Ten
         unit_spikes=not factor.requires_grad and bool((values_of(factor) == 1).all()),
         densities=densities_of(module),
         module=weakref.ref(module),
-        guard=() if kind.recurrent else _guard(kind, module, tensors),
+        guard=_guard(kind, module, tensors),
     )
 
 
@@ -282,7 +282,8 @@ def _guard(kind: Kind, module: Any, tensors: dict[str, Tensor]) -> tuple[tuple[A
     attributes = ("spike_grad", "inhibition", "state_quant", *(("reset_delay",) if kind.delays else ()))
     closure = getattr(module.spike_grad, "__closure__", None) or ()
     return (
-        *(("parameter", name, tensor) for name, tensor in tensors.items()),
+        *(("parameter", name, tensor) for name, tensor in tensors.items() if "." not in name),
+        *(("part", *name.split("."), tensor) for name, tensor in tensors.items() if "." in name),
         *(("attribute", name, own.get(name)) for name in attributes),
         *(("cell", cell, cell.cell_contents) for cell in closure),
         ("method", "state_function", module.state_function.__func__),

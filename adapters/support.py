@@ -58,8 +58,8 @@ SUPPORT = (
     Row("norse", ("LSNN", "LSNNCell"), True,
         f"{_METHODS}; left to the host: adjoint=True, states with fewer dimensions than the input"),
     Row("norse", ("LIFRecurrent", "LIFRecurrentCell", "LSNNRecurrent", "LSNNRecurrentCell"), True,
-        f"{_METHODS}; autapses and masks; left to the host: sparse COO input, record_states, adjoint=True, more than two "
-        "dimensions a step"),
+        f"{_METHODS}; autapses and masks; left to the host: sparse COO input, record_states, adjoint=True, steps of "
+        "more than two dimensions"),
     Row("norse", ("LILinearCell",), False, "its product is part of the step"),
     Row("norse", ("LIFEx", "LIFExCell", "LIFExRecurrent", "LIFExRecurrentCell", "LIFAdEx", "LIFAdExCell",
                   "LIFAdExRecurrent", "LIFAdExRecurrentCell", "LIFAdExRefracCell", "LIFAdExRefracRecurrentCell",

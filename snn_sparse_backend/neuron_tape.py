@@ -15,14 +15,14 @@ from .claims import claim_current, give_back_current
 from .compat.cuda import current_stream
 from .counters import counts
 from .feeds import FeedTape
-from .lanes import ROLES, Chain, NeuronRun, take
 from .kernels import columns, density, pack_weights, unpack, weight_gradient
+from .lanes import ROLES, Chain, NeuronRun, take
 from .native import address_of, event_parallel
 from .raster import Raster
 from .recorder import Block, Plan, Recorder, Recurrence, Result
 from .recurrence import RecurrentScan
 from .recurrence import backward as recurrent_backward
-from .scans import BackwardScan, Layer
+from .scans import BackwardScan, Layer, neuron_backward
 from .stores import HostStore
 from .synapse_steps import check_version
 from .synapse_tape import SynapseTape
@@ -156,6 +156,9 @@ class NeuronTape(Tape):
         attached = all(state.requires_grad for state in result.finals)
         if not plan.lane_serves(layer.device) or result.block.shape != layer.shape or not attached:
             return
+        product = recorder.scan.product if isinstance(recorder.scan, RecurrentScan) else None
+        if plan.recurrence is not None and (product is None or not plan.guard):
+            return
         assert isinstance(store, HostStore)
         store.close()
         dynamics = plan.dynamics
@@ -163,7 +166,10 @@ class NeuronTape(Tape):
         load_node().arm_neuron(self.handle, {
             "module": plan.module, "options": plan.options, "guard": plan.guard, "counts": counts,
             "kernel": address_of("neuron_forward"), "arguments": ctypes.addressof(store.scan.arguments),
-            "shape": layer.shape, "double": layer.dtype is torch.float64, "states": len(dynamics.states),
+            "shape": layer.shape, "double": layer.dtype is torch.float64, "states": len(dynamics.carried),
+            "recurrent": product is not None, "multiply": address_of("synapse_forward"),
+            "product": ctypes.addressof(product.arguments) if product is not None else 0,
+            "last_raster": result.block.raster.address if result.block.raster is not None else 0,
             "spikes": dynamics.spikes, "late_reset": dynamics.late_reset, "keep_active": recorder.keep_active,
             "keep_membrane": recorder.keep_membrane, "keep_traces": recorder.keep_traces,
             "unit_spikes": plan.unit_spikes, "outputs": [4 * kind + ROLES[role] for kind, role in self.roles],
@@ -209,6 +215,15 @@ class NeuronTape(Tape):
     # ------------------------------------------------------------------------------------------------ backward
 
     def __call__(self, grads: Sequence[torch.Tensor | None], needs: Sequence[bool]) -> list[torch.Tensor | None]:
+        result = self._gradients(grads, needs)
+        if self.plan.recurrence is not None:
+            weight, place = self.plan.recurrence.weight, len(self.plan.dynamics.inputs_of_node) - 2
+            if result[place] is None and needs[place] and weight._backward_hooks:
+                # Nothing reaches it, but its hooks (Norse's against autapses) are called all the same, with what is here.
+                result[place] = torch.zeros_like(weight)
+        return result
+
+    def _gradients(self, grads: Sequence[torch.Tensor | None], needs: Sequence[bool]) -> list[torch.Tensor | None]:
         self.absorb()
         layer, dynamics = self.layer, self.plan.dynamics
         first_input = len(dynamics.inputs_of_node)
@@ -233,12 +248,13 @@ class NeuronTape(Tape):
                 for want in wanted[first_parameter : first_parameter + len(dynamics.parameters)]]
         initial = [layer.empty() if want else None for want in wanted[:carried]]
         tables = self.recorded.tables(dynamics.reset_is_recorded and not dynamics.late_reset)
-        scan = BackwardScan(layer, steps, grad_input=grad_input, grad_state_in=initial, grad_parameters=sums,
-                            state_in=self.state_in, **tables, **incoming.tables())
+        described = {"grad_input": grad_input, "grad_state_in": initial, "grad_parameters": sums,
+                     "state_in": self.state_in, **tables, **incoming.tables()}
         if self.plan.recurrence is None:
-            scan.run()
+            neuron_backward(layer, steps, **described)
         else:
             assert grad_input is not None
+            scan = BackwardScan(layer, steps, **described)
             self._backward_through_spikes(scan, self.plan.recurrence, grad_input, initial, wanted, result)
         for i, grad in enumerate(initial):
             if grad is not None:
@@ -272,9 +288,6 @@ class NeuronTape(Tape):
             result[len(dynamics.carried)] = (grad[:rows] @ weight).sum_to_size(self.state_kinds[-1][0]).view(
                 self.state_kinds[-1][0])
         of_weight, of_bias = wanted[-2:]
-        if not of_weight and recurrence.weight.requires_grad and recurrence.weight._backward_hooks:
-            # Nothing reaches it, but its hooks (Norse's against autapses) are called all the same, and not with None.
-            result[len(wanted) - 2] = torch.zeros_like(weight)
         if of_weight:
             first = grad[:rows].t() @ self.spikes_in[0].view(rows, layer.cols)
             result[len(wanted) - 2] = first + self._recurrent_gradient(grad[rows:], spikes) if spikes else first
@@ -285,7 +298,8 @@ class NeuronTape(Tape):
         """That of the recurrent weight, from the spikes of so many rows ``[T * B]``, which drove the steps behind."""
         rasters = [block.raster for block in self.blocks]
         raster = Raster.concatenate(r for r in rasters if r is not None).part(0, rows)
-        if not event_parallel(raster.device) and density(raster) <= self._crossover("weight_gradient")(raster):
+        share = density(raster) if not event_parallel(raster.device) else None
+        if share is not None and share <= self._crossover("weight_gradient")(raster):
             counts["weight_gradient_sparse"] += 1
             return weight_gradient(grad.contiguous(), columns(raster), bias=False)[0]
         counts["weight_gradient_dense"] += 1

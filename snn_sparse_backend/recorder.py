@@ -68,8 +68,7 @@ class Plan:
 
     def lane_serves(self, device: torch.device) -> bool:
         """Whether a per-step loop may leave further steps to a lane."""
-        served = self.recurrence is None and self.module is not None and self.options.fuse_steps
-        return served and not event_parallel(device)
+        return self.module is not None and self.options.fuse_steps and not event_parallel(device)
 
 
 @dataclass(frozen=True, eq=False)

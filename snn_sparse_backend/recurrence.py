@@ -47,12 +47,12 @@ class RecurrentScan(ForwardScan):
         layer, weight = self._layer, self._weight
         if event_parallel(layer.device) or len(layer.shape) != 2:
             return None
-        order: kernels.Order | None = kernels.IN_ONE_RUN
-        if options.forward != "sparse":
-            bias = self._bias is not None
-            order = order_of(layer.rows, layer.cols, layer.cols, layer.dtype, bias) if weight.is_contiguous() else None
-            if order is None or not finite(weight):
-                return None
+        if options.forward == "sparse":
+            return kernels.SynapseForward(weight, self._bias)
+        bias = self._bias is not None
+        order = order_of(layer.rows, layer.cols, layer.cols, layer.dtype, bias) if weight.is_contiguous() else None
+        if order is None or not finite(weight):
+            return None
         return kernels.SynapseForward(weight, self._bias, order=order)
 
     def begin(self, spikes: torch.Tensor, raster: Raster | None, outputs: torch.Tensor | None) -> None:
@@ -132,15 +132,15 @@ def backward(scan: BackwardScan, weight: torch.Tensor, tiles: torch.Tensor | Non
     layer = scan.layer
     if tiles is not None:
         counts["recurrent_gradient_sparse"] += 1
-        through = torch.zeros((layer.rows, layer.cols), dtype=layer.dtype)
-        a = STRUCTS["SnnRecurrentBackward"](scan=scan.arguments, tiles=tiles.data_ptr(), through=through.data_ptr())
+        memory = torch.zeros((layer.rows, layer.cols), dtype=layer.dtype)
+        a = STRUCTS["SnnRecurrentBackward"](scan=scan.arguments, tiles=tiles.data_ptr(), through=memory.data_ptr())
         for i, tensor in enumerate(carry):
             a.scan.grad_state_in[i] = tensor.data_ptr()
         a.scan.grad_input = grad_input.data_ptr()
         kernel("recurrent_backward", layer.device)(ctypes.addressof(a))
         return
     counts["recurrent_gradient_dense"] += 1
-    through = None
+    through: torch.Tensor | None = None
     for step in range(scan.steps - 1, -1, -1):
         grad = grad_input[step * layer.rows : (step + 1) * layer.rows]
         scan.run_one(step, grad, through, carry)

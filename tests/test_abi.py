@@ -20,7 +20,7 @@ KERNELS, CUDA_KERNELS = (dict(re.findall(r"X\((\w+), (\w+)\)", (CSRC / folder / 
                          for folder in ("cpu", "cuda"))
 # On CUDA counts come in reports, events from transposed rasters, and convolutions and pooling from torch.
 ON_THE_CPU_ONLY = {"raster_count", "raster_columns", "max_pool", "max_pool_backward", "conv_forward",
-                   "conv_weight_gradient", "conv_input_gradient"}
+                   "conv_weight_gradient", "conv_input_gradient", "recurrent_forward", "recurrent_backward"}
 
 
 def layout(structs: dict[str, type[ctypes.Structure]]) -> dict[str, int]:
@@ -99,8 +99,8 @@ def test_every_cuda_kernel_is_exported_and_takes_the_same_struct() -> None:
 
 
 def test_python_calls_each_kernel_with_its_own_struct() -> None:
-    text = "\n".join((PACKAGE / name).read_text() 
-                     for name in ("kernels.py", "scans.py", "convolution.py", "pooling.py"))
+    text = "\n".join((PACKAGE / name).read_text()
+                     for name in ("kernels.py", "scans.py", "recurrence.py", "convolution.py", "pooling.py"))
     calls = re.findall(r'call\(\s*"(\w+)",\s*"(\w+)"', text)
     assert len(calls) >= 8
     for name, arguments in calls:
@@ -127,10 +127,26 @@ def test_surrogates_that_adapters_name_exist() -> None:
         assert kind == "kZeroDerivative" or f"case {kind}: return visit({kind[1:]}<T>(" in header
 
 
-@pytest.mark.parametrize("model", [dynamics.LIF, dynamics.LI, dynamics.leaky("zero", True)], ids=lambda m: m.name)
+MODELS = [dynamics.leaky("zero", True), dynamics.synaptic("zero", True), dynamics.lapicque("zero"),
+          dynamics.alpha("zero"), dynamics.rleaky("zero", True), dynamics.rsynaptic("zero"), dynamics.LIF, dynamics.LI,
+          dynamics.lif_box("value"), dynamics.LI_BOX, dynamics.IAF, dynamics.LSNN, dynamics.LIF_RECURRENT,
+          dynamics.LSNN_RECURRENT]
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda m: m.name)
 def test_models_have_as_many_states_and_parameters_as_their_struct(model: dynamics.Dynamics) -> None:
-    header = (CSRC / f"neurons/{model.name.lower()}.h").read_text()
-    sizes = re.search(r"States = (\d), Count = (\d)", header)
-    assert sizes is not None
-    assert (len(model.states), len(model.parameters)) == (int(sizes[1]), int(sizes[2]))
-    assert len(model.states) <= abi.CONSTANTS["kMaxStates"] and len(model.parameters) <= abi.CONSTANTS["kMaxParameters"]
+    shared = {"kRSynaptic": "kSynaptic", "kLifRecurrent": "kLif", "kLsnnRecurrent": "kLsnn"}
+    struct = shared.get(model.model, model.model)[1:]
+    text = "\n".join(path.read_text() for path in (CSRC / "neurons").glob("*.h"))
+    found = re.search(rf"struct {struct} (?::[^{{]*)?{{.*?States = (\d), Count = (\d), Traces = (\d)", text, re.DOTALL)
+    assert found is not None
+    sizes = len(model.carried), len(model.parameters), len(model.traces)
+    assert sizes == tuple(map(int, found.groups()))
+    limits = (abi.CONSTANTS[name] for name in ("kMaxStates", "kMaxParameters", "kMaxTraces"))
+    assert all(size <= limit for size, limit in zip(sizes, limits, strict=True))
+
+
+def test_every_model_is_described() -> None:
+    models = {name for name, _ in re.findall(r"(k\w+)(,|\n)", re.search(
+        r"enum SnnModel : int32_t \{([^}]*)\}", (CSRC / "abi.h").read_text())[1])}  # type: ignore[index]
+    assert models == {model.model for model in MODELS}

@@ -155,7 +155,8 @@ def cases(draw: st.DrawFn, synapses: bool) -> Case:
         shape: tuple[int, ...] = draw(st.sampled_from([(inputs,), (1, inputs), (2, inputs), (5, inputs),
                                                        (2, 3, inputs)]))
         biases = st.sampled_from([True, True, False])
-        chosen = [draw(layers(draw(sizes), draw(biases), True, len(shape) <= 2)) for _ in range(draw(st.sampled_from([1, 2, 2, 3, 3])))]
+        count = draw(st.sampled_from([1, 2, 2, 3, 3]))
+        chosen = [draw(layers(draw(sizes), draw(biases), True, len(shape) <= 2)) for _ in range(count)]
     else:
         shape = draw(st.sampled_from([(), (1,), (7,), (3, 1), (4, 65), (1, 130), (2, 3, 4, 5), (3, 1, 9), (2, 70, 2)]))
         vector = len(shape) > 0

@@ -63,12 +63,10 @@ def test_swapped_classes_are_those_of_the_table() -> None:
 
 def snntorch_layers() -> dict[str, tuple[nn.Module, Tensor]]:
     x = torch.rand(2, 5, requires_grad=True)
-    return {"RLeaky": (snn.RLeaky(0.9, linear_features=5), x), "SLSTM": (snn.SLSTM(5, 5), x),
-            "RSynaptic": (snn.RSynaptic(0.8, 0.9, linear_features=5), x),
-            "LeakyParallel": (snn.LeakyParallel(5, 5), torch.rand(3, 2, 5))}
+    return {"SLSTM": (snn.SLSTM(5, 5), x), "LeakyParallel": (snn.LeakyParallel(5, 5), torch.rand(3, 2, 5))}
 
 
-@pytest.mark.parametrize("name", ["RLeaky", "RSynaptic", "SLSTM", "LeakyParallel"])
+@pytest.mark.parametrize("name", ["SLSTM", "LeakyParallel"])
 def test_what_is_not_fused_says_so_once_and_runs(name: str) -> None:
     torch.manual_seed(0)
     layer, x = snntorch_layers()[name]
@@ -91,22 +89,22 @@ def test_what_is_not_fused_says_so_once_and_runs(name: str) -> None:
 
 
 def test_a_model_tells_which_of_its_layers_are_left_alone() -> None:
-    model: Any = nn.Sequential(snn.Leaky(0.9, init_hidden=True), snn.RLeaky(0.9, linear_features=5, init_hidden=True))
-    with pytest.warns(SparseFallbackWarning, match="RLeaky: .* because its recurrent product is not fused"):
+    model: Any = nn.Sequential(snn.Leaky(0.9, init_hidden=True), snn.SLSTM(5, 5, init_hidden=True))
+    with pytest.warns(SparseFallbackWarning, match="SLSTM: .* because its gates are dense products"):
         sparse.enable(model)
     sparse.disable(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(ValueError, match="snntorch: Leaky, Synaptic"):
-            sparse.enable(nn.Sequential(snn.RLeaky(0.9, linear_features=5)))
+            sparse.enable(nn.Sequential(snn.SLSTM(5, 5)))
 
 
 def test_norses_classes_are_as_they_were() -> None:
     stock = pytest.importorskip("norse.torch")
-    layer = stock.LIFRecurrent(3, 4)
+    layer = stock.LIFExRecurrent(3, 4)
     before = layer.forward.__func__
     with sparse.enabled("norse"):
         assert "state" in inspect.signature(layer.forward).parameters  # what SequentialState asks for
-        with pytest.warns(SparseFallbackWarning, match="LIFRecurrent: "):
+        with pytest.warns(SparseFallbackWarning, match="LIFExRecurrent: "):
             layer(torch.rand(2, 3, 3))
-    assert layer.forward.__func__ is before and "forward" not in vars(stock.LIFRecurrent)
+    assert layer.forward.__func__ is before and "forward" not in vars(stock.LIFExRecurrent)

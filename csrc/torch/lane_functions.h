@@ -79,7 +79,7 @@ PyObject* neuron_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count < 4 || !THPVariable_CheckExact(args[3])) Py_RETURN_NONE;
   NeuronLane* lane = lane_of<NeuronLane>(sequence_of(THPVariable_Unpack(args[3])));
-  if (!lane || count != 3 + lane->states()) Py_RETURN_NONE;
+  if (!lane || count != 3 + lane->given()) Py_RETURN_NONE;
   return or_none(lane->step(args[0], args[1], args[2], args + 3));
   END_HANDLE_TH_ERRORS
 }

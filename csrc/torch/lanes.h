@@ -115,7 +115,7 @@ PyObject* target_of(PyObject* weak) {
 
 // What must not have changed about a module since the tape looked at its settings, as a list of tuples:
 // ("attribute", name, object), ("method", name, function), ("parameter", name, tensor), ("tensor", tensor),
-// ("cell", cell, content). Parameters may be buffers.
+// ("cell", cell, content), ("part", module, name, tensor): a parameter of a module inside. Parameters may be buffers.
 class Guard {
  public:
   explicit Guard(PyObject* list) {
@@ -128,23 +128,25 @@ class Guard {
     const Ref own(PyObject_GenericGetDict(module, nullptr));
     static PyObject* const parameters = PyUnicode_InternFromString("_parameters");
     static PyObject* const buffers = PyUnicode_InternFromString("_buffers");
-    PyObject* const places[] = {PyDict_GetItem(own.get(), parameters), PyDict_GetItem(own.get(), buffers)};
+    static PyObject* const modules = PyUnicode_InternFromString("_modules");
+    PyObject* const places[] = {PyDict_GetItem(own.get(), parameters), PyDict_GetItem(own.get(), buffers),
+                                PyDict_GetItem(own.get(), modules)};
     for (const Check& check : checks_)
       if (!check.holds(module, own.get(), places)) return false;
     return true;
   }
 
  private:
-  enum class Kind { attribute, method, parameter, tensor, cell };
+  enum class Kind { attribute, method, parameter, tensor, cell, part };
   struct Check {
     Kind kind;
-    Owned name, object;
+    Owned name, object, part;
     at::Tensor tensor;
     uint32_t version = 0;
     bool requires_grad = false;
 
     explicit Check(PyObject* tuple) {
-      static const char* const names[] = {"attribute", "method", "parameter", "tensor", "cell"};
+      static const char* const names[] = {"attribute", "method", "parameter", "tensor", "cell", "part"};
       const char* given = PyUnicode_AsUTF8(PyTuple_GetItem(tuple, 0));
       const auto found = std::find(std::begin(names), std::end(names), std::string(given ? given : ""));
       TORCH_CHECK(found != std::end(names), "lane: unknown check");
@@ -152,11 +154,22 @@ class Guard {
       PyObject* last = PyTuple_GetItem(tuple, PyTuple_Size(tuple) - 1);
       object = Owned(last);
       if (kind != Kind::tensor) name = Owned(PyTuple_GetItem(tuple, 1));
-      if (kind == Kind::tensor || kind == Kind::parameter) {
+      if (kind == Kind::part) part = Owned(PyTuple_GetItem(tuple, 2));
+      if (kind == Kind::tensor || kind == Kind::parameter || kind == Kind::part) {
         tensor = THPVariable_Unpack(last);
         version = tensor._version();
         requires_grad = tensor.requires_grad();
       }
+    }
+
+    // Whether the module inside still has the very same parameter.
+    bool same_part(PyObject* modules) const {
+      PyObject* inner = modules ? PyDict_GetItem(modules, name.object) : nullptr;
+      if (!inner) return false;
+      const Ref own(PyObject_GenericGetDict(inner, nullptr));
+      static PyObject* const parameters = PyUnicode_InternFromString("_parameters");
+      PyObject* held = PyDict_GetItem(own.get(), parameters);
+      return held && PyDict_GetItem(held, part.object) == object.object;
     }
 
     bool holds(PyObject* module, PyObject* own, PyObject* const* places) const {
@@ -173,6 +186,9 @@ class Guard {
           const Ref content(PyObject_GetAttrString(name.object, "cell_contents"));
           return content.get() == object.object;
         }
+        case Kind::part:
+          if (!same_part(places[2])) return false;
+          return tensor._version() == version && tensor.requires_grad() == requires_grad;
         case Kind::parameter:
           for (int i = 0; i < 2 && !found; ++i)
             if (places[i]) found = PyDict_GetItem(places[i], name.object);

@@ -60,7 +60,7 @@ class NeuronLane final : public Lane {
         counts_(spec["counts"]), kernel_(spec.address<int64_t(const void*)>("kernel")),
         arguments_(*spec.address<const SnnNeuronForward>("arguments")), shape_(spec.integers("shape")),
         type_(spec.flag("double") ? at::kDouble : at::kFloat), states_(static_cast<int>(spec.integer("states"))),
-        spikes_(spec.flag("spikes")), late_reset_(spec.flag("late_reset")), keep_active_(spec.flag("keep_active")),
+        recurrent_(spec.flag("recurrent")), spikes_(spec.flag("spikes")), late_reset_(spec.flag("late_reset")), keep_active_(spec.flag("keep_active")),
         keep_membrane_(spec.flag("keep_membrane")), keep_traces_(spec.integers("keep_traces")),
         unit_spikes_(spec.flag("unit_spikes")), words_(arguments_.layer.rows * ((arguments_.layer.cols + 63) / 64)),
         sites_(arguments_.layer.rows * arguments_.layer.cols), raster_(words_, at::kLong, kFirstSteps, kMostSteps),
@@ -84,6 +84,16 @@ class NeuronLane final : public Lane {
     a.active_counts = &slots_.active_count;
     a.spike_counts = &slots_.spike_count;
     a.scratch = nullptr;
+    a.recurrent = &slots_.recurrent;
+    if (recurrent_) {
+      multiply_ = spec.address<int64_t(const void*)>("multiply");
+      product_ = *spec.address<const SnnSynapseForward>("product");
+      recurrent_current_ = empty({sites_}, type_);
+      product_.rows = a.layer.rows;
+      product_.current = recurrent_current_.data_ptr();
+      product_.threads = a.layer.threads;
+      slots_.recurrent = product_.current;
+    }
     continue_from(spec);
   }
 
@@ -93,6 +103,7 @@ class NeuronLane final : public Lane {
     for (int64_t packed : spec.integers("outputs")) outputs_.push_back({static_cast<int>(packed / 4), Role(packed % 4)});
     input_attached_ = spec.flag("input_attached");
     dense_ = spec.flag("dense");
+    product_.raster = spec.address<const uint64_t>("last_raster");
     first_block_ = next_block_ = spec.integer("next_block");
     first_output_ = node_.num_inputs();
     locate_last(first_output_ - outputs_.size());
@@ -102,7 +113,7 @@ class NeuronLane final : public Lane {
   }
 
   bool is_last(PyObject* const* states) const {
-    for (int i = 0; i < states_; ++i) {
+    for (int i = 0; i < given(); ++i) {
       if (!THPVariable_CheckExact(states[i])) return false;
       const auto* variable = reinterpret_cast<const THPVariable*>(states[i]);
       const at::Tensor& state = THPVariable_Unpack(states[i]);
@@ -148,7 +159,8 @@ class NeuronLane final : public Lane {
   }
 
   SequenceNode& node() const { return node_; }
-  int states() const { return states_; }
+  // How many states a step is given: those of the scan, and the spikes before it if they drive it.
+  int given() const { return states_ + recurrent_; }
   PyObject* options() const { return options_.object; }
 
  private:
@@ -157,7 +169,7 @@ class NeuronLane final : public Lane {
     Role role;
   };
   struct Slots {
-    const void* input = nullptr;
+    const void *input = nullptr, *recurrent = nullptr;
     void* output = nullptr;
     uint64_t *raster = nullptr, *reset = nullptr, *active = nullptr;
     void *membrane = nullptr, *traces[kMaxTraces] = {};
@@ -168,11 +180,13 @@ class NeuronLane final : public Lane {
     return std::clamp<int64_t>(65536 / std::max<int64_t>(sites_ * static_cast<int64_t>(c10::elementSize(type_)), 1), 1, kMostSteps);
   }
   void locate_last(size_t first) {
-    last_.assign(states_, static_cast<uint32_t>(-1));
+    last_.assign(given(), static_cast<uint32_t>(-1));
     for (size_t k = 0; k < outputs_.size(); ++k)
       for (int i = 0; i < states_; ++i)
         if (outputs_[k].tensor == 1 + i || (!spikes_ && i == 0 && outputs_[k].tensor == 0))
           last_[i] = static_cast<uint32_t>(first + k);
+    for (size_t k = 0; recurrent_ && k < outputs_.size(); ++k)
+      if (outputs_[k].tensor == 0) last_[states_] = static_cast<uint32_t>(first + k);
   }
   void run(const at::Tensor& x, PyObject* const* states, const Tensors& made);
   void record();
@@ -188,13 +202,16 @@ class NeuronLane final : public Lane {
   std::vector<int64_t> shape_;
   at::ScalarType type_;
   const int states_;
-  const bool spikes_, late_reset_, keep_active_, keep_membrane_;
+  const bool recurrent_, spikes_, late_reset_, keep_active_, keep_membrane_;
   const std::vector<int64_t> keep_traces_;  // of each trace of the model, whether it is wanted
   const bool unit_spikes_;
   const int64_t words_, sites_;
   bool input_attached_ = true, dense_ = false;
   std::vector<Output> outputs_;  // of each step, in the order in which the node has them
   std::vector<uint32_t> last_;   // node outputs that are the states after the last step
+  Kernel multiply_ = nullptr;    // of a recurrent layer: the product of the spikes before a step
+  SnnSynapseForward product_{};
+  at::Tensor recurrent_current_;
   size_t first_output_ = 0;
   int64_t first_block_ = 0, next_block_ = 0;
   Node* feeder_ = nullptr;  // kept alive by the node's edges
@@ -211,6 +228,7 @@ class NeuronLane final : public Lane {
 };
 
 void NeuronLane::run(const at::Tensor& x, PyObject* const* states, const Tensors& made) {
+  if (recurrent_) run_kernel(*this, multiply_, &product_, sites_);
   slots_.input = x.data_ptr();
   for (int i = 0; i < states_; ++i) {
     arguments_.state_in[i] = THPVariable_Unpack(states[i]).data_ptr();
@@ -236,6 +254,7 @@ void NeuronLane::run(const at::Tensor& x, PyObject* const* states, const Tensors
 
 void NeuronLane::record() {
   rasters_.push_back(slots_.raster);
+  product_.raster = slots_.raster;
   raster_storages_.push_back(spikes_ ? raster_.storages.back() : at::Tensor());
   actives_.push_back(slots_.active);
   resets_.push_back(slots_.reset);

@@ -289,13 +289,14 @@ PyObject* NeuronLane::step(PyObject* module, PyObject* options, PyObject* input,
   add_count(counts_.object, "neuron_steps");
   add_count(counts_.object, "lane_steps");
 
-  const Ref results(PyTuple_New(1 + states_));
+  const Ref results(PyTuple_New(1 + given()));
   for (int i = 0; i <= states_; ++i) {
     const bool shared = i == 1 && !spikes_;  // the membrane of an integrator is its output
     PyObject* tensor = shared ? Py_NewRef(PyTuple_GET_ITEM(results.get(), 0)) : THPVariable_Wrap(made[i]);
     if (!tensor) throw_python_error();
     PyTuple_SET_ITEM(results.get(), i, tensor);
   }
+  if (recurrent_) PyTuple_SET_ITEM(results.get(), 1 + states_, Py_NewRef(PyTuple_GET_ITEM(results.get(), 0)));
   return Py_NewRef(results.get());
 }
 
