@@ -219,7 +219,7 @@ class NeuronTape(Tape):
         if self.plan.recurrence is not None:
             weight, place = self.plan.recurrence.weight, len(self.plan.dynamics.inputs_of_node) - 2
             if result[place] is None and needs[place] and weight._backward_hooks:
-                # Nothing reaches it, but its hooks (Norse's against autapses) are called all the same, with what is here.
+                # Nothing reaches it, but its hooks (Norse's against autapses) are called all the same.
                 result[place] = torch.zeros_like(weight)
         return result
 
