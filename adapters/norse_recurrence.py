@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..config import Options
-from ..recorder import Recurrence
+from ..recurrences import Recurrence
 from ..synapse_tape import run_synapse
 from ..tapes import tag_of
 from .fallback import tensor_problem

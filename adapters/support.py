@@ -35,7 +35,7 @@ class Row:
 
 
 _RESETS = "every reset; learnable and per-neuron parameters; any trailing shape"
-_LEFT = "left to the host: inhibition, state_quant, surrogates without a known formula"
+_LEFT = "left to the host: inhibition, state_quant, surrogates without a known formula that are not registered"
 _BROADCAST = "learnable parameters of any broadcast shape; any state"
 _METHODS = f"every `method`; {_BROADCAST}"
 _WHOLE = "it takes whole sequences in one call, and there is no time loop to fuse"
@@ -44,8 +44,8 @@ SUPPORT = (
     Row("snntorch", ("Leaky", "Synaptic"), True, f"{_RESETS}; reset_delay; {_LEFT}"),
     Row("snntorch", ("Lapicque", "Alpha"), True, f"{_RESETS}; {_LEFT}; Lapicque: learn_beta"),
     Row("snntorch", ("RLeaky", "RSynaptic"), True,
-        f"a Linear from all neurons to all; {_RESETS}; {_LEFT}; other recurrences, graded spikes, more than two "
-        "dimensions; RSynaptic: reset_delay=False"),
+        f"recurrence by a Linear, a Conv2d or one to one; {_RESETS}; {_LEFT}; a Linear on more than two dimensions, "
+        "other recurrences, graded spikes; RSynaptic: reset_delay=False"),
     Row("snntorch", ("SLSTM", "SConv2dLSTM"), False, "its gates are dense products of dense states"),
     Row("snntorch", ("DeltaLeaky",), False, "it fires on differences of its membrane, for which there is no kernel"),
     Row("snntorch", ("LeakyParallel", "StateLeaky", "LinearLeaky", "AssociativeLeaky"), False, _WHOLE),
