@@ -51,7 +51,7 @@ SUPPORT = (
     Row("snntorch", ("LeakyParallel", "StateLeaky", "LinearLeaky", "AssociativeLeaky"), False, _WHOLE),
     Row("norse", ("LIF", "LIFCell"), True,
         f"{_METHODS}; left to the host: sparse COO input, Norse 1.0's order of the step, an alpha per neuron"),
-    Row("norse", ("LI", "LICell", "LIBox", "LIBoxCell"), True, _BROADCAST),
+    Row("norse", ("LI", "LICell", "LILinearCell", "LIBox", "LIBoxCell"), True, _BROADCAST),
     Row("norse", ("LIFBox", "LIFBoxCell"), True,
         f"{_METHODS}; both reset methods; left to the host: other reset methods"),
     Row("norse", ("IAF", "IAFCell"), True, _METHODS),
@@ -60,7 +60,6 @@ SUPPORT = (
     Row("norse", ("LIFRecurrent", "LIFRecurrentCell", "LSNNRecurrent", "LSNNRecurrentCell"), True,
         f"{_METHODS}; autapses and masks; left to the host: sparse COO input, record_states, adjoint=True, steps of "
         "more than two dimensions"),
-    Row("norse", ("LILinearCell",), False, "its product is part of the step"),
     Row("norse", ("LIFEx", "LIFExCell", "LIFExRecurrent", "LIFExRecurrentCell", "LIFAdEx", "LIFAdExCell",
                   "LIFAdExRecurrent", "LIFAdExRecurrentCell", "LIFAdExRefracCell", "LIFAdExRefracRecurrentCell",
                   "LIFAdExRefracRecurrent"), False, "its exponential would have to be PyTorch's to the bit"),
