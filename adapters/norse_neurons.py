@@ -122,9 +122,9 @@ def host_class(name: str) -> Any:
 
 
 _NAMES = {
-    "LIF": _LIF, "LIFCell": _LIF, "LI": _LI, "LICell": _LI, "LILinearCell": _LI_LINEAR,
-    "LIFBox": _LIF_BOX, "LIFBoxCell": _LIF_BOX, "LIBox": _LI_BOX, "LIBoxCell": _LI_BOX, "IAF": _IAF, "IAFCell": _IAF, "LSNN": _LSNN, "LSNNCell": _LSNN,
-    "LIFRecurrent": _LIF_RECURRENT, "LIFRecurrentCell": _LIF_RECURRENT, "LSNNRecurrent": _LSNN_RECURRENT,
-    "LSNNRecurrentCell": _LSNN_RECURRENT,
+    "LIF": _LIF, "LIFCell": _LIF, "LI": _LI, "LICell": _LI, "LILinearCell": _LI_LINEAR, "LIFBox": _LIF_BOX,
+    "LIFBoxCell": _LIF_BOX, "LIBox": _LI_BOX, "LIBoxCell": _LI_BOX, "IAF": _IAF, "IAFCell": _IAF, "LSNN": _LSNN,
+    "LSNNCell": _LSNN, "LIFRecurrent": _LIF_RECURRENT, "LIFRecurrentCell": _LIF_RECURRENT,
+    "LSNNRecurrent": _LSNN_RECURRENT, "LSNNRecurrentCell": _LSNN_RECURRENT,
 }
 KINDS: dict[type, Kind] = {host: kind for name, kind in _NAMES.items() if (host := host_class(name)) is not None}
