@@ -59,7 +59,7 @@ SUPPORT = (
         f"{_METHODS}; left to the host: adjoint=True, states with fewer dimensions than the input"),
     Row("norse", ("LIFRecurrent", "LIFRecurrentCell", "LSNNRecurrent", "LSNNRecurrentCell"), True,
         f"{_METHODS}; autapses and masks; left to the host: sparse COO input, record_states, adjoint=True, steps of "
-        "more than two dimensions"),
+        "more than two dimensions, LIF of Norse 1.0, which compiles the step"),
     Row("norse", ("LILinearCell",), False, "its product is part of the step"),
     Row("norse", ("LIFEx", "LIFExCell", "LIFExRecurrent", "LIFExRecurrentCell", "LIFAdEx", "LIFAdExCell",
                   "LIFAdExRecurrent", "LIFAdExRecurrentCell", "LIFAdExRefracCell", "LIFAdExRefracRecurrentCell",

@@ -83,7 +83,7 @@ class Probe:
         if found is None:
             return None
         unknown = " and ".join(described(name) for name in (self.library, "torch") if not known(name))
-        return f"{unknown} is not a version that this package knows, and {found}"
+        return f"this package does not know {unknown}, and {found}"
 
 
 @contextmanager
