@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class Probe:
         self._verdicts: dict[Hashable, str | None] = {}
         self._lock = threading.RLock()
 
-    @property
+    @cached_property
     def wanted(self) -> bool:
         """Whether there is anything to find out: known versions of the library and of torch were tested."""
         return not (known(self.library) and known("torch"))
@@ -63,12 +64,17 @@ class Probe:
         with self._lock:
             if key not in self._verdicts:
                 self._verdicts[key] = None  # the trials themselves ask
-                self._verdicts[key] = self._reason(trials)
+                try:
+                    self._verdicts[key] = self._reason(trials)
+                except BaseException:  # interrupted: nothing was found out
+                    del self._verdicts[key]
+                    raise
             return self._verdicts[key]
 
     def forget(self) -> None:
         """Lets everything be tried again."""
         self._verdicts.clear()
+        self.__dict__.pop("wanted", None)
 
     def _reason(self, trials: Callable[[], Iterable[Trial]]) -> str | None:
         before = counts.copy()

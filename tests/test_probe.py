@@ -13,17 +13,17 @@ import torch
 from snn_sparse_backend.adapters import fallback, snntorch_trials, switch
 from snn_sparse_backend.adapters import snntorch as adapter
 from snn_sparse_backend.adapters.snntorch_neurons import KINDS
-from snn_sparse_backend.compat import probe, versions
+from snn_sparse_backend.compat import versions
 from snntorch import surrogate
 from torch import Tensor
 
 import snn_sparse_backend as sparse
 from snn_sparse_backend import SparseFallbackWarning
+from snn_sparse_backend.cli import main
 
 norse = pytest.importorskip("norse.torch")
 from norse_oracle import OTHER_STEP, clean_slate  # noqa: E402
 from snn_sparse_backend.adapters import norse as swapped  # noqa: E402
-from snn_sparse_backend.adapters import norse_trials  # noqa: E402
 from snn_sparse_backend.adapters.norse_neurons import KINDS as NORSE_KINDS  # noqa: E402
 
 SNNTORCH = pytest.mark.parametrize("host", KINDS, ids=lambda host: host.__name__)
@@ -266,6 +266,20 @@ def test_what_cannot_be_tried_is_left_alone(pretend: Callable[..., None], monkey
                            "TypeError: no such option")
 
 
+def test_an_interrupted_trial_is_no_trial(pretend: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    other_membrane(snn.Leaky, monkeypatch)
+    pretend(snntorch="9.9")
+    with sparse.enabled("snntorch"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(adapter, "trials", interrupted)
+            run_snntorch(snn.Leaky)
+        _, (warned,) = run_snntorch(snn.Leaky)
+    assert "differs by" in warned
+
+
 def test_an_unknown_torch_is_tried_too(pretend: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(torch="9.9.0")
     other_membrane(snn.Leaky, monkeypatch)
@@ -309,6 +323,13 @@ def test_a_version_that_lacks_something(error: Exception, pretend: Callable[...,
         assert len(sparse.config.libraries) == 0 and snn.Leaky.forward is adapter.leaky_forward
 
 
+def test_info_tells_which_version_is_not_known(pretend: Callable[..., None], capsys: Any) -> None:
+    pretend(norse="9.9")
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert "9.9 (not a known version" in printed and printed.count("not a known version") == 1
+
+
 @pytest.mark.parametrize(("library", "version", "expected"), [
     ("snntorch", "1.0.0", True), ("snntorch", "0.9.4", True), ("snntorch", "1.0.1", False), ("snntorch", None, False),
     ("norse", "1.1.0", True), ("norse", "1.1.0+g065a3b4", False), ("norse", "1.0.0", True),
@@ -317,63 +338,3 @@ def test_a_version_that_lacks_something(error: Exception, pretend: Callable[...,
 def test_what_is_known(library: str, version: str | None, expected: bool, pretend: Callable[..., None]) -> None:
     pretend(**{library: version})
     assert versions.known(library) is expected
-
-
-# ---------------------------------------------------------------------------------------------------- the trials
-
-
-def snntorch_outcomes(host: type) -> Iterator[probe.Outcome]:
-    for trial in snntorch_trials.trials(KINDS[host], host, adapter._FORWARDS[host], surrogate.atan()):
-        torch.manual_seed(0)
-        yield trial(False)
-
-
-def norse_outcomes(host: Any) -> Iterator[probe.Outcome]:
-    kind, sequence = NORSE_KINDS[host], not host.__name__.endswith("Cell")
-    p = host(*((4, 6) if kind.recurrent else ())).p
-    for trial in norse_trials.trials(kind, host, sequence, swapped._forward_of(host), swapped._STOCK[host], p):
-        torch.manual_seed(0)
-        yield trial(False)
-
-
-@pytest.mark.parametrize("host", [*KINDS, *NORSE_KINDS], ids=lambda host: f"{host.__module__}.{host.__name__}")
-def test_trials_reach_every_parameter(host: type) -> None:
-    """A formula that no output and no gradient depends on could change unseen."""
-    spiking = host in KINDS or "v_th" in NORSE_KINDS[host].parameters
-    for outcome in snntorch_outcomes(host) if host in KINDS else norse_outcomes(host):
-        spikes = torch.stack([v for n, v in outcome.outputs.items() if n.startswith(("spk", "output"))])
-        if spiking:
-            assert 0.02 < float(spikes.mean()) < 0.98
-        silent = {n for n, g in outcome.gradients.items() if g is None or not g.any()}
-        assert silent <= ({"mem"} if host is snn.Alpha else set())
-        assert {n for n, g in outcome.gradients.items() if g is None} == silent
-        assert all(g.isfinite().all() for g in outcome.gradients.values() if g is not None)
-
-
-def outcome(output: Any = (1.0, 2.0), gradient: Any = (1.0, 1.0)) -> probe.Outcome:
-    tensor = torch.tensor
-    return probe.Outcome({"spk": tensor(output, dtype=torch.float64)},
-                         {"beta": None if gradient is None else tensor(gradient, dtype=torch.float64)})
-
-
-@pytest.mark.parametrize(("found", "words"), [
-    (outcome(), None),
-    (outcome(gradient=(1.0, 1 + 1e-12)), None),
-    (outcome(output=(1.0, 2 + 1e-12)), "its spk differs by 1.0e-12"),
-    (outcome(output=(1.0,)), "its spk has another shape or dtype"),
-    (outcome(output=(1.0, float("nan"))), "its spk differs by nan"),
-    (outcome(gradient=(1.0, 1.01)), "the gradient of its beta differs by 1.0e-02"),
-    (outcome(gradient=(1.0, float("nan"))), "the gradient of its beta differs by nan"),
-    (outcome(gradient=None), "the gradient of its beta is not None, unlike ours"),
-])
-@pytest.mark.parametrize("steps", ["neuron_steps", "host_steps", None])
-def test_the_comparison(found: probe.Outcome, words: str | None, steps: str | None) -> None:
-    def trial(fused: bool) -> probe.Outcome:
-        if fused and steps is not None:
-            sparse.counts[steps] += 1
-        return found if fused else outcome()
-
-    with clean_slate():
-        if steps != "neuron_steps":
-            words = "a trial of it did not run on the kernels"
-        assert probe._difference(trial) == words
