@@ -42,7 +42,6 @@ from .support import Bystanders
 LIBRARY = "norse"
 probe = Probe(LIBRARY)
 _STOCK: dict[type, Any] = {host: host.forward for host in KINDS}  # type: ignore[attr-defined]  # as imported
-_OWN = {host: vars(host).get("forward") for host in KINDS}  # those that do not inherit it
 
 
 def options_of(module: Any) -> Options | None:
@@ -70,6 +69,11 @@ def _recurrent_sequence_forward(self: Any, input_tensor: torch.Tensor, state: An
 
 def _recurrent_cell_forward(self: Any, input_tensor: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
     """One time step ``[B, inputs]`` -> spikes ``[B, N]`` and state."""
+    return _forward(self, _stock_forward, input_tensor, state, sequence=False)
+
+
+def _linear_cell_forward(self: Any, input_tensor: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
+    """One time step ``[B, inputs]`` -> membrane ``[B, N]`` and state."""
     return _forward(self, _stock_forward, input_tensor, state, sequence=False)
 
 
@@ -101,7 +105,7 @@ def _forward(self: Any, host: Any, x: torch.Tensor, state: Any, sequence: bool) 
     kind = _KINDS.get(type(self))
     if not (sequence or options.fuse_steps) and spikes(self):
         return host(self, x, state)  # only Norse's own graph has the gradient at a spike with its part from the reset
-    if not sequence and kind is not None and not kind.recurrent and isinstance(state, kind.state):
+    if not sequence and kind is not None and not kind.weights and isinstance(state, kind.state):
         done = lane_steps.neuron(self, options, x, *kind.states(state))
         if done is not None:
             return done[0], kind.tuple_of(done[1:])
@@ -110,22 +114,23 @@ def _forward(self: Any, host: Any, x: torch.Tensor, state: Any, sequence: bool) 
         report(self, str(problem))
         return host(self, x, state)
     given = state is not None
-    state = state if given else _on_device(self.state_fallback(x), x.device)
+    if not given:
+        state = _on_device(kind.initial(self, x) if kind.initial is not None else self.state_fallback(x), x.device)
     shape = x.shape[1:] if sequence else x.shape
-    if kind.recurrent:
-        shape = torch.Size((*shape[:-1], len(self.recurrent_weights)))
+    if kind.weights:
+        shape = torch.Size((*shape[:-1], len(self.input_weights)))
     plan, problem = plan_of(kind, self, options, shape, x, state, given)
     if problem is not None:
         report(self, problem)
         return host(self, x, state)
     states = kind.states(state)
-    if plan is None or not _differentiable(self, plan, x, states, x.shape[0] if sequence else 1):
+    if plan is None or not _differentiable(kind, self, plan, x, states, x.shape[0] if sequence else 1):
         return host(self, x, state)
-    if kind.recurrent:
+    if kind.weights:
         x = input_current(self, x, sequence, options)
     if type(self) in _CLASSES:
         synapses.switch("norse classes", True)
-    if not kind.recurrent:
+    if not kind.weights:
         synapses.learn_source(x, self, options_of, _takes_over if sequence else None)
     lane_steps.prepare()
     record = sequence and self.record_states
@@ -152,11 +157,11 @@ def _problem(module: Any, kind: Kind | None, x: torch.Tensor, sequence: bool) ->
         return problem
     if not x.numel() or (sequence and x.dim() == 0):
         return "the input is empty"
-    if kind.recurrent:
-        problem = problem_of(module, x, sequence)
+    if kind.weights:
+        problem = problem_of(module, kind.weights, x, sequence)
         if problem is not None:
             return problem
-    if module.activation is not kind.activation:
+    if getattr(module, "activation", kind.activation) is not kind.activation:
         return "its activation is not the library's feed-forward step"
     return _version_problem(module)
 
@@ -175,12 +180,14 @@ def _version_problem(module: Any) -> str | None:
     return probe.problem(key, lambda: trials(KINDS[host], host, sequence, _forward_of(host), _STOCK[host], module.p))
 
 
-def _differentiable(module: Any, plan: Plan, x: torch.Tensor, states: list[torch.Tensor], steps: int) -> bool:
+def _differentiable(kind: Kind, module: Any, plan: Plan, x: torch.Tensor, states: list[torch.Tensor],
+                    steps: int) -> bool:
     """Whether all outputs require grad; a step without gradients, and the first with them, may be left to Norse."""
     given = [t.requires_grad for t in (x, *states, *plan.parameters)]
+    if kind.weights:
+        given[0] |= bool(module.input_weights.requires_grad)
     if plan.recurrence is not None:
         given += [plan.recurrence.weight.requires_grad, False]
-        given[0] |= bool(module.input_weights.requires_grad)
     output, membrane, *_ = plan.dynamics.attached(given, steps, plan.surrogate.differentiable)
     return membrane and (output or not plan.differentiable_output)
 
@@ -215,6 +222,12 @@ class LICell(stock.LICell):
     """Norse's ``LICell``: one time step ``[B, ...]`` of leaky integrators."""
 
     forward = _cell_forward
+
+
+class LILinearCell(stock.LILinearCell):
+    """Norse's ``LILinearCell``: one time step ``[B, inputs]`` of leaky integrators with a weight of their own."""
+
+    forward = _linear_cell_forward
 
 
 class LIFBoxCell(stock.LIFBoxCell):
@@ -260,7 +273,7 @@ class LSNNRecurrentCell(stock.LSNNRecurrentCell):
 
 
 _SWAPPED: dict[type, type] = {cls.__bases__[0]: cls for cls in (
-    LIF, LIFCell, LI, LICell, LIFBoxCell, LSNN, LSNNCell, LIFRecurrent, LIFRecurrentCell, LSNNRecurrent,
+    LIF, LIFCell, LI, LICell, LILinearCell, LIFBoxCell, LSNN, LSNNCell, LIFRecurrent, LIFRecurrentCell, LSNNRecurrent,
     LSNNRecurrentCell,
 )}
 
@@ -275,7 +288,7 @@ def _swap_in(name: str) -> None:
 
 def _forward_of(host: type) -> Any:
     forwards = {SNN: _sequence_forward, SNNCell: _cell_forward, SNNRecurrent: _recurrent_sequence_forward,
-                SNNRecurrentCell: _recurrent_cell_forward}
+                SNNRecurrentCell: _recurrent_cell_forward, stock.LILinearCell: _linear_cell_forward}
     return next(forward for base, forward in forwards.items() if issubclass(host, base))
 
 
@@ -285,6 +298,8 @@ for _name in ("IAF", "IAFCell", "LIBoxCell", "LIFBox", "LIBox"):
 __all__ = sorted(cls.__name__ for cls in _SWAPPED.values())
 _CLASSES = tuple(_SWAPPED.values())
 _KINDS: dict[type, Kind] = {**KINDS, **{swapped: KINDS[host] for host, swapped in _SWAPPED.items()}}
+
+_OWN = {host: vars(host)["forward"] for host in _SWAPPED if "forward" in vars(host)}
 
 _bystanders = Bystanders(LIBRARY, host_class, options_of)
 _models: weakref.WeakSet[Any] = weakref.WeakSet()  # layers of models that are enabled on their own
@@ -296,7 +311,7 @@ def _refresh() -> None:
     for host in _SWAPPED:
         if wanted:
             host.forward = _forward_of(host)  # type: ignore[attr-defined]
-        elif _OWN[host] is not None:
+        elif host in _OWN:
             host.forward = _OWN[host]  # type: ignore[attr-defined]
         elif "forward" in vars(host):
             del host.forward  # type: ignore[attr-defined]  # inherited from SNN or SNNCell again

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..dynamics import IAF, LI, LI_BOX, LIF, LIF_RECURRENT, LSNN, LSNN_RECURRENT, Dynamics, lif_box
@@ -45,6 +46,8 @@ class Kind:
         differences: pairs of parameter and state that the step subtracts before anything of the input's dtype joins.
         current: the state whose dtype counts beside the input's, as it is not that of the input by default.
         delayed: the input does not reach the output of its own step, so that the states alone give that its shape.
+        weights: names of the module's own weights, of the input and of the spikes that drive it.
+        initial: its first state for an input, where the module does not tell.
     """
 
     state: Any
@@ -56,6 +59,8 @@ class Kind:
     differences: tuple[tuple[str, str], ...] = ()
     current: str | None = None
     delayed: bool = False
+    weights: tuple[str, ...] = ()
+    initial: Callable[[Any, Tensor], Any] | None = None
 
     def tensors(self, p: Any) -> list[Any]:
         """The parameters of a module."""
@@ -87,12 +92,21 @@ def _box_dynamics(p: Any) -> Dynamics | None:
     return next((lif_box(name) for name in ("value", "subtract") if method is getattr(_reset, f"reset_{name}")), None)
 
 
+def _initial_of_linear(module: Any, x: Tensor) -> Any:
+    """As in ``LILinearCell.forward``."""
+    v = module.p.v_leak.detach()
+    v.requires_grad = True
+    return _li.LIState(v, torch.zeros((x.shape[0], module.hidden_size), device=x.device, dtype=x.dtype))
+
+
 _LEAK = (("v_leak", "v"),)
+_WEIGHTS = ("input_weights", "recurrent_weights")
 
 _LIF = Kind(_lif.LIFFeedForwardState, ("v", "i"), ("tau_mem_inv", "tau_syn_inv", "v_leak", "v_th", "v_reset"),
             lambda p: LIF, _lif.lif_feed_forward_step, (1, -1, 0, 0, 0), _LEAK, "i")
 _LI = Kind(_li.LIState, ("v", "i"), ("tau_mem_inv", "tau_syn_inv", "v_leak"), lambda p: LI,
            _li.li_feed_forward_step, (1, -1, 0), _LEAK, "i")
+_LI_LINEAR = replace(_LI, activation=_li.li_step, weights=_WEIGHTS[:1], initial=_initial_of_linear)
 _LIF_BOX = Kind(_box.LIFBoxFeedForwardState, ("v",), ("tau_mem_inv", "v_leak", "v_th", "v_reset"), _box_dynamics,
                 _box.lif_box_feed_forward_step, (1, 0, 0, 0))
 _LI_BOX = Kind(getattr(_li_box, "LIBoxState", None), ("v",), ("tau_mem_inv", "v_leak"), lambda p: LI_BOX,
@@ -103,9 +117,9 @@ _LSNN = Kind(_lsnn.LSNNFeedForwardState, ("v", "i", "b"),
              _lsnn.lsnn_feed_forward_step, (1, -1, 0, 1, 0, 0, 0), (("v_leak", "v"), ("v_th", "b")), delayed=True)
 
 _LIF_RECURRENT = replace(_LIF, state=_lif.LIFState, order=("v", "i", "z"), dynamics=lambda p: LIF_RECURRENT,
-                         activation=_lif.lif_step)
+                         activation=_lif.lif_step, weights=_WEIGHTS)
 _LSNN_RECURRENT = replace(_LSNN, state=_lsnn.LSNNState, order=("v", "i", "b", "z"), dynamics=lambda p: LSNN_RECURRENT,
-                          activation=_lsnn.lsnn_step)
+                          activation=_lsnn.lsnn_step, weights=_WEIGHTS)
 
 
 def host_class(name: str) -> Any:
@@ -121,9 +135,9 @@ def host_class(name: str) -> Any:
 
 
 _NAMES = {
-    "LIF": _LIF, "LIFCell": _LIF, "LI": _LI, "LICell": _LI, "LIFBox": _LIF_BOX, "LIFBoxCell": _LIF_BOX,
-    "LIBox": _LI_BOX, "LIBoxCell": _LI_BOX, "IAF": _IAF, "IAFCell": _IAF, "LSNN": _LSNN, "LSNNCell": _LSNN,
-    "LIFRecurrent": _LIF_RECURRENT, "LIFRecurrentCell": _LIF_RECURRENT, "LSNNRecurrent": _LSNN_RECURRENT,
-    "LSNNRecurrentCell": _LSNN_RECURRENT,
+    "LIF": _LIF, "LIFCell": _LIF, "LI": _LI, "LICell": _LI, "LILinearCell": _LI_LINEAR, "LIFBox": _LIF_BOX,
+    "LIFBoxCell": _LIF_BOX, "LIBox": _LI_BOX, "LIBoxCell": _LI_BOX, "IAF": _IAF, "IAFCell": _IAF, "LSNN": _LSNN,
+    "LSNNCell": _LSNN, "LIFRecurrent": _LIF_RECURRENT, "LIFRecurrentCell": _LIF_RECURRENT,
+    "LSNNRecurrent": _LSNN_RECURRENT, "LSNNRecurrentCell": _LSNN_RECURRENT,
 }
 KINDS: dict[type, Kind] = {host: kind for name, kind in _NAMES.items() if (host := host_class(name)) is not None}

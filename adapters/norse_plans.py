@@ -44,7 +44,7 @@ def plan_of(kind: Kind, module: Any, options: Options, shape: torch.Size, x: tor
     if dynamics is None:
         return None, "its reset method is not the library's"
     method, alpha = getattr(p, "method", ""), getattr(p, "alpha", 0.0)
-    weights = [module.recurrent_weights] if kind.recurrent else []
+    weights = [getattr(module, name) for name in kind.weights]
     watched = [t for t in (*tensors, alpha, module.dt, *weights) if isinstance(t, torch.Tensor)]
     if any(t.is_inference() for t in watched):
         return None, "its parameters were made in inference mode"

@@ -1,4 +1,4 @@
-"""The two products of Norse's recurrent layers: of the input, and of the spikes of the step before."""
+"""The products inside Norse's layers: of the input, and in recurrent ones of the spikes of the step before."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..config import Options
-from ..recorder import Recurrence
+from ..recurrences import Recurrence
 from ..synapse_tape import run_synapse
 from ..tapes import tag_of
 from .fallback import tensor_problem
@@ -28,9 +28,9 @@ class InputProduct:
 _products: weakref.WeakKeyDictionary[Any, InputProduct] = weakref.WeakKeyDictionary()
 
 
-def problem_of(module: Any, x: Tensor, sequence: bool) -> str | None:
-    """Why the products of a layer must be left to the host's code."""
-    weights = module.input_weights, module.recurrent_weights
+def problem_of(module: Any, names: tuple[str, ...], x: Tensor, sequence: bool) -> str | None:
+    """Why the products of a layer with the weights of these names must be left to the host's code."""
+    weights = [getattr(module, name) for name in names]
     if not all(isinstance(weight, Tensor) for weight in weights):
         return "its weights are not tensors"
     problem = tensor_problem(x, *weights)
@@ -40,10 +40,10 @@ def problem_of(module: Any, x: Tensor, sequence: bool) -> str | None:
         return f"inputs of shape {tuple(x.shape)} are not supported, only those of one step [B, N] or [N]"
     if any(weight.dtype is not x.dtype for weight in weights):
         return "its weights and its input have different dtypes"
-    hidden = len(module.recurrent_weights)
-    expected = ((hidden, x.shape[-1]), (hidden, hidden))
-    if tuple(tuple(weight.shape) for weight in weights) != expected:
-        return f"its weights do not have the shapes {expected[0]} and {expected[1]}"
+    hidden = len(module.input_weights)
+    expected = [(hidden, x.shape[-1]), (hidden, hidden)][: len(weights)]
+    if [tuple(weight.shape) for weight in weights] != expected:
+        return f"its weights do not have the shapes {', '.join(map(str, expected))}"
     if sequence and module.record_states:
         return "record_states is not supported with a recurrence"
     return None

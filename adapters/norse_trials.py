@@ -43,11 +43,11 @@ def _play(kind: Kind, host: Any, sequence: bool, forward: Callable[..., Any], st
     chosen = {name: getattr(p, name) for name in ("method", "reset_method") if hasattr(p, name)}
     if hasattr(p, "alpha"):
         chosen["alpha"] = torch.tensor(ALPHA)
-    sizes = (INPUTS, NEURONS) if kind.recurrent else ()
+    sizes = (INPUTS, NEURONS) if kind.weights else ()
     parameters = {name: torch.tensor(VALUES[name], dtype=torch.float64, requires_grad=True)
                   for name in kind.parameters}
     layer = host(*sizes, host(*sizes).p._replace(**parameters, **chosen)).double()
-    linear = None if kind.recurrent else nn.Linear(INPUTS, NEURONS).double()
+    linear = None if kind.weights else nn.Linear(INPUTS, NEURONS).double()
     layer.__dict__[OPTIONS] = Options()
     step, multiply = (forward, synapses.linear_forward) if fused else (stock, synapses.host_forward)
     x = (6 * draw(STEPS, BATCH, INPUTS)).requires_grad_()

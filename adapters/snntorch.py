@@ -24,8 +24,10 @@ from ..dynamics import leaky
 from ..lanes import steps as lane_steps
 from ..native import DTYPES
 from ..neuron_tape import run_neuron
-from ..recorder import Plan, Recurrence
+from ..recorder import Plan
+from ..registered import Registrations
 from ..reports import densities_of
+from . import snntorch_recurrence as recurrence
 from . import synapses
 from .adapter import OPTIONS, Adapter, truncate
 from .fallback import mode_problem, report, tensor_problem
@@ -35,7 +37,6 @@ from .snntorch_trials import trials
 from .support import Bystanders
 
 LIBRARY = "snntorch"
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def options_of(module: Any) -> Options | None:
@@ -144,8 +145,6 @@ def _problem(kind: Kind, module: Any, x: Tensor, states: Sequence[Tensor]) -> st
         return "snnTorch emits float32 spikes for a float64 membrane"
     if not x.numel():
         return "the input is empty"
-    if kind.recurrent and x.dim() > 2:
-        return f"inputs of shape {tuple(x.shape)} are not supported, only [B, N] and [N]"
     for name, state in zip(kind.inner(kind.states), states, strict=True):
         if state.shape != x.shape:
             continue
@@ -167,34 +166,25 @@ probe = Probe(LIBRARY)
 def _plan_of(kind: Kind, module: Any, options: Options, x: Tensor) -> tuple[Plan | None, str | None]:
     """The plan of a module, made anew whenever something it depends on changed; or why there is none."""
     own = module.__dict__
+    tensors = {name: kind.find(module, name) for name in (*kind.parameters, "reset_mechanism_val")}
     if kind.recurrent:
-        problem = _recurrence_problem(module)
+        weights, problem = recurrence.tensors_of(module)
         if problem is not None:
             return None, problem
-    tensors = {name: kind.find(module, name) for name in (*kind.parameters, "reset_mechanism_val")}
-    if kind.recurrent and tensors["recurrent.bias"] is None:
-        del tensors["recurrent.bias"]
+        tensors |= weights
+    settings = recurrence.settings_of(module) if kind.recurrent else None
     if any(tensor is None for tensor in tensors.values()):
         return None, "one of its parameters is not an ordinary parameter or buffer"
     spike_grad, update = own.get("spike_grad"), own["state_function"]
     key = (
         id(options), x.dtype, x.shape, x.device, id(spike_grad), constants(spike_grad),
         getattr(update, "__func__", None), getattr(update, "__self__", None) is module,
-        own["reset_delay"] if kind.delays else None, own["inhibition"], bool(own["state_quant"]),
+        own["reset_delay"] if kind.delays else None, own["inhibition"], bool(own["state_quant"]), settings,
+        Registrations.count,
         *((id(t), t._version, t.requires_grad) for t in tensors.values()),
     )
     alive = (options, spike_grad, *tensors.values())
     return _plans.find(module, key, alive, lambda: _new_plan(kind, module, options, x, tensors))
-
-
-def _recurrence_problem(module: Any) -> str | None:
-    """Why the recurrence of a module is not one that the kernels know."""
-    recurrent = module._modules.get("recurrent")
-    if type(recurrent) is not nn.Linear:
-        return "its recurrence is not a Linear from all neurons to all"
-    if any(getattr(recurrent, hooks) for hooks in _HOOKS) or "forward" in vars(recurrent):
-        return "its recurrence has hooks"
-    return None
 
 
 def _new_plan(kind: Kind, module: Any, options: Options, x: Tensor,
@@ -210,7 +200,7 @@ def _settings_problem(kind: Kind, module: Any, x: Tensor, tensors: dict[str, Ten
         return "quantised states are not supported"
     if surrogate_of(module.spike_grad) is None:
         name = getattr(module.spike_grad, "__qualname__", type(module.spike_grad).__name__)
-        return f"the surrogate {name} has no known formula"
+        return f"the surrogate {name} has no known formula; register_surrogate() would let it run on the kernels"
     problem = kind.replaced(module)
     if problem is not None:
         return problem
@@ -218,8 +208,11 @@ def _settings_problem(kind: Kind, module: Any, x: Tensor, tensors: dict[str, Ten
         problem = _graded_problem(kind, module, tensors)
         if problem is not None:
             return problem
-    for name in (name for name in kind.parameters if name in tensors):
-        problem = _weight_problem(name, tensors[name], x) if "." in name else _parameter_problem(name, tensors[name], x)
+        problem = recurrence.problem_of(module, x, tensors)
+        if problem is not None:
+            return problem
+    for name in kind.parameters:
+        problem = _parameter_problem(name, tensors[name], x)
         if problem is None and name in kind.constants and tensors[name].requires_grad:
             problem = f"{name} requires grad: {kind.constants[name]}"
         if problem is not None:
@@ -245,16 +238,6 @@ def _graded_problem(kind: Kind, module: Any, tensors: dict[str, Tensor]) -> str 
     return "its late reset works on the states that were passed in, and not on its own"
 
 
-def _weight_problem(name: str, weight: Tensor, x: Tensor) -> str | None:
-    problem = tensor_problem(x, weight)
-    if problem is not None:
-        return f"{name}: {problem}"
-    size = x.shape[-1]
-    if weight.dtype is not x.dtype or tuple(weight.shape) not in ((size, size), (size,)):
-        return f"{name} of shape {tuple(weight.shape)} and dtype {weight.dtype} does not fit the input"
-    return None
-
-
 def _parameter_problem(name: str, tensor: Tensor, x: Tensor) -> str | None:
     problem = tensor_problem(x, tensor)
     if problem is not None:
@@ -278,8 +261,8 @@ def _make_plan(kind: Kind, module: Any, options: Options, tensors: dict[str, Ten
         dynamics=kind.dynamics(module),
         surrogate=surrogate.within(options.cutoff),
         options=options,
-        parameters=tuple(tensors[name] for name in kind.parameters if "." not in name),
-        recurrence=Recurrence(tensors["recurrent.weight"], tensors.get("recurrent.bias")) if kind.recurrent else None,
+        parameters=tuple(tensors[name] for name in kind.parameters),
+        recurrence=recurrence.recurrence_of(module, tensors) if kind.recurrent else None,
         derive=lambda: kind.derive(tensors),
         unit_spikes=not factor.requires_grad and bool((values_of(factor) == 1).all()),
         densities=densities_of(module),

@@ -60,10 +60,7 @@ class Kind:
         return [states[self.order.index(place)] for place in range(len(states))]
 
     def find(self, module: Any, name: str) -> Any:
-        """A parameter or buffer; those of the recurrence have a dot in their name."""
-        owner, _, own = name.rpartition(".")
-        if owner:
-            return getattr(module._modules.get(owner), own, None)
+        """A parameter or buffer."""
         parameters = module._parameters
         return parameters[name] if name in parameters else module._buffers.get(name)
 
@@ -122,7 +119,6 @@ def _alpha(p: Mapping[str, Tensor]) -> Derived:
     return tau, p["threshold"], p["graded_spikes_factor"], a, b
 
 
-_WEIGHTS = ("recurrent.weight", "recurrent.bias")
 _LEARNED_RC = "it is computed from a learnable beta once, when the layer is made"
 
 KINDS: dict[type, Kind] = {
@@ -133,7 +129,7 @@ KINDS: dict[type, Kind] = {
                         _lapicque, delays=False, constants=dict.fromkeys(("R", "C", "time_step"), _LEARNED_RC)),
     snn.Alpha: _kind(snn.Alpha, ("syn_exc", "syn_inh", "mem"), ("alpha", "beta", *_FIRING),
                      lambda reset, _: alpha(reset), _alpha, methods=("_base_state_reset_sub_function",), delays=False),
-    snn.RLeaky: _kind(snn.RLeaky, ("spk", "mem"), ("beta", *_FIRING, *_WEIGHTS), rleaky, _leaky),
-    snn.RSynaptic: _kind(snn.RSynaptic, ("spk", "syn", "mem"), ("alpha", "beta", *_FIRING, *_WEIGHTS),
+    snn.RLeaky: _kind(snn.RLeaky, ("spk", "mem"), ("beta", *_FIRING), rleaky, _leaky),
+    snn.RSynaptic: _kind(snn.RSynaptic, ("spk", "syn", "mem"), ("alpha", "beta", *_FIRING),
                          lambda reset, _: rsynaptic(reset), _synaptic, methods=("_base_state_reset_zero",)),
 }

@@ -30,11 +30,17 @@ LAYERS: dict[type, Callable[..., Any]] = {
     snn.RLeaky: partial(snn.RLeaky, 0.8, linear_features=NEURONS, **_BETA),
     snn.RSynaptic: partial(snn.RSynaptic, 0.7, 0.8, linear_features=NEURONS, **_SYNAPTIC),
 }
+_RECURRENCES: dict[type, tuple[Callable[..., Any], ...]] = {
+    host: (partial(make, all_to_all=False, V=0.7), partial(make, conv2d_channels=1, kernel_size=3))
+    for host, make in ((snn.RLeaky, partial(snn.RLeaky, 0.8, **_BETA)),
+                       (snn.RSynaptic, partial(snn.RSynaptic, 0.7, 0.8, **_SYNAPTIC)))
+}
+_MAPS = (1, 2, 3)  # channels, height and width of the neurons before a convolution
 _EARLY_RESETS = (snn.Leaky, snn.Synaptic, snn.RLeaky)  # those that are fused with reset_delay=False
 
 
 def trials(kind: Kind, host: type, forward: Callable[..., Any], spike_grad: Any) -> Iterator[Trial]:
-    """One for each way to reset.
+    """One for each way to reset, and for each other recurrence.
 
     Args:
         forward: the fused one.
@@ -45,6 +51,8 @@ def trials(kind: Kind, host: type, forward: Callable[..., Any], spike_grad: Any)
         for delay in delays:
             options = {"reset_mechanism": reset, "spike_grad": spike_grad, **delay}
             yield partial(_play, kind, partial(LAYERS[host], **options), forward)
+    for make in _RECURRENCES.get(host, ()):
+        yield partial(_play, kind, partial(make, spike_grad=spike_grad), forward)
 
 
 def _play(kind: Kind, make: Callable[[], Any], forward: Callable[..., Any], fused: bool) -> Outcome:
@@ -59,14 +67,16 @@ def _play(kind: Kind, make: Callable[[], Any], forward: Callable[..., Any], fuse
     step, multiply = (forward, synapses.linear_forward) if fused else (kind.host, synapses.host_forward)
     draw = partial(torch.rand, dtype=torch.float64)
     x = (3 * draw(STEPS, BATCH, INPUTS)).requires_grad_()
-    first = {name: draw(BATCH, NEURONS).requires_grad_() for name in kind.states}
+    shape = _MAPS if isinstance(getattr(layer, "recurrent", None), nn.Conv2d) else (NEURONS,)
+    first = {name: draw(BATCH, *shape).requires_grad_() for name in kind.states}
     leaves = {"input": x, **first, **dict(layer.named_parameters()),
               **{f"Linear's {name}": parameter for name, parameter in linear.named_parameters()}}
     outputs: dict[str, Tensor] = {}
     states, loss = tuple(first.values()), torch.zeros((), dtype=torch.float64)
     with float64_spikes():
         for t, frame in enumerate(x):
-            given = step(layer, multiply(linear, frame), *states)
+            current = multiply(linear, frame)
+            given = step(layer, current if shape == (NEURONS,) else current.view(BATCH, *shape), *states)
             states = given if kind.recurrent else given[1:]
             named = {"spk": given[0], **dict(zip(kind.states, states, strict=True))}
             outputs |= {f"{name} of step {t}": value.detach() for name, value in named.items()}

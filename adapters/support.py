@@ -35,7 +35,7 @@ class Row:
 
 
 _RESETS = "every reset; learnable and per-neuron parameters; any trailing shape"
-_LEFT = "left to the host: inhibition, state_quant, surrogates without a known formula"
+_LEFT = "left to the host: inhibition, state_quant, surrogates without a known formula that are not registered"
 _BROADCAST = "learnable parameters of any broadcast shape; any state"
 _METHODS = f"every `method`; {_BROADCAST}"
 _WHOLE = "it takes whole sequences in one call, and there is no time loop to fuse"
@@ -44,14 +44,14 @@ SUPPORT = (
     Row("snntorch", ("Leaky", "Synaptic"), True, f"{_RESETS}; reset_delay; {_LEFT}"),
     Row("snntorch", ("Lapicque", "Alpha"), True, f"{_RESETS}; {_LEFT}; Lapicque: learn_beta"),
     Row("snntorch", ("RLeaky", "RSynaptic"), True,
-        f"a Linear from all neurons to all; {_RESETS}; {_LEFT}; other recurrences, graded spikes, more than two "
-        "dimensions; RSynaptic: reset_delay=False"),
+        f"recurrence by a Linear, a Conv2d or one to one; {_RESETS}; {_LEFT}; a Linear on more than two dimensions, "
+        "other recurrences, graded spikes; RSynaptic: reset_delay=False"),
     Row("snntorch", ("SLSTM", "SConv2dLSTM"), False, "its gates are dense products of dense states"),
     Row("snntorch", ("DeltaLeaky",), False, "it fires on differences of its membrane, for which there is no kernel"),
     Row("snntorch", ("LeakyParallel", "StateLeaky", "LinearLeaky", "AssociativeLeaky"), False, _WHOLE),
     Row("norse", ("LIF", "LIFCell"), True,
         f"{_METHODS}; left to the host: sparse COO input, Norse 1.0's order of the step, an alpha per neuron"),
-    Row("norse", ("LI", "LICell", "LIBox", "LIBoxCell"), True, _BROADCAST),
+    Row("norse", ("LI", "LICell", "LILinearCell", "LIBox", "LIBoxCell"), True, _BROADCAST),
     Row("norse", ("LIFBox", "LIFBoxCell"), True,
         f"{_METHODS}; both reset methods; left to the host: other reset methods"),
     Row("norse", ("IAF", "IAFCell"), True, _METHODS),
@@ -60,7 +60,6 @@ SUPPORT = (
     Row("norse", ("LIFRecurrent", "LIFRecurrentCell", "LSNNRecurrent", "LSNNRecurrentCell"), True,
         f"{_METHODS}; autapses and masks; left to the host: sparse COO input, record_states, adjoint=True, steps of "
         "more than two dimensions, LIF of Norse 1.0, which compiles the step"),
-    Row("norse", ("LILinearCell",), False, "its product is part of the step"),
     Row("norse", ("LIFEx", "LIFExCell", "LIFExRecurrent", "LIFExRecurrentCell", "LIFAdEx", "LIFAdExCell",
                   "LIFAdExRecurrent", "LIFAdExRecurrentCell", "LIFAdExRefracCell", "LIFAdExRefracRecurrentCell",
                   "LIFAdExRefracRecurrent"), False, "its exponential would have to be PyTorch's to the bit"),

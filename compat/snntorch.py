@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from snntorch import surrogate as factories
 
+from ..registered import registered
 from ..surrogate import Surrogate
 
 # Code objects are shared by all closures of a factory, so they identify the formula whatever its constants.
@@ -46,6 +47,9 @@ def surrogate_of(spike_grad: Any) -> Surrogate | None:
     owner = getattr(spike_grad, "__self__", None)
     if isinstance(owner, type) and owner in _APPLIES:
         return _APPLIES[owner]  # e.g. spike_grad=StraightThroughEstimator.apply
+    own = registered(spike_grad)
+    if own is not None:
+        return own
     code = getattr(spike_grad, "__code__", None)
     values = constants(spike_grad)
     if code is None or code not in _FORMULAS or values is None or not all(map(math.isfinite, values)):

@@ -98,6 +98,7 @@ struct SnnNeuronBackward {
   const void* const* values;                  // [steps] -> as in the forward scan, where membrane is null
   const int64_t* const* offsets;              // CUDA: as in the forward scan
   const void* const* membrane;                // [steps] -> [rows, cols]
+  const void* const* derivative;              // [steps] -> that of kGiven, laid out as membrane, or else as values
   const void* const* traces[kMaxTraces];
   const void* state_in[kMaxStates];           // needed where a step needs the states before it
   void* grad_input;                           // [steps, rows, cols] or null

@@ -19,6 +19,7 @@ enum SnnSurrogateKind : int32_t {
   kTanh,
   kCirc,
   kErfc,
+  kGiven,
 };
 
 namespace snn {
@@ -119,6 +120,10 @@ template <class T> struct Erfc {
     return T(2) * exponential(-(y * y)) / T(1.7724539041519165f) * g;
   }
 };
+// A formula that only Python knows: the derivative itself was evaluated before, and stands in the place of x.
+template <class T> struct Given {
+  SNN_HD T operator()(T derivative, T g) const { return g * derivative; }
+};
 
 // Calls visit(functor) with the functor that `s` names.
 template <class T, class Visit> SNN_HD void visit_surrogate(const SnnSurrogate& s, Visit visit) {
@@ -135,6 +140,7 @@ template <class T, class Visit> SNN_HD void visit_surrogate(const SnnSurrogate& 
     case kTanh: return visit(Tanh<T>(s));
     case kCirc: return visit(Circ<T>(s));
     case kErfc: return visit(Erfc<T>(s));
+    case kGiven: return visit(Given<T>());
     default: return visit(ZeroDerivative<T>());
   }
 }

@@ -21,6 +21,7 @@ from .build import BuildError
 from .config import Options, config
 from .counters import counts, reset_counts
 from .equivalence import Report, check
+from .registered import register_surrogate
 
 try:
     __version__ = _version("snn-sparse-backend")
@@ -28,4 +29,4 @@ except _PackageNotFoundError:  # used from a checkout that is not installed
     __version__ = "0+checkout"
 
 __all__ = ["BuildError", "Options", "Report", "SparseFallbackWarning", "check", "config", "counts", "disable", "enable",
-           "enabled", "reset_counts"]
+           "enabled", "register_surrogate", "reset_counts"]

@@ -14,14 +14,16 @@ from .build import load_node
 from .claims import claim_current, give_back_current
 from .compat.cuda import current_stream
 from .counters import counts
+from .derivatives import Derivatives
 from .feeds import FeedTape
 from .kernels import columns, density, pack_weights, unpack, weight_gradient
 from .lanes import ROLES, Chain, NeuronRun, take
 from .native import address_of, event_parallel
 from .raster import Raster
-from .recorder import Block, Plan, Recorder, Recurrence, Result
+from .recorder import Block, Plan, Recorder, Result
 from .recurrence import RecurrentScan
 from .recurrence import backward as recurrent_backward
+from .recurrences import Recurrence
 from .scans import BackwardScan, Layer, neuron_backward
 from .stores import HostStore
 from .synapse_steps import check_version
@@ -248,6 +250,9 @@ class NeuronTape(Tape):
                 for want in wanted[first_parameter : first_parameter + len(dynamics.parameters)]]
         initial = [layer.empty() if want else None for want in wanted[:carried]]
         tables = self.recorded.tables(dynamics.reset_is_recorded and not dynamics.late_reset)
+        if self.plan.surrogate.given is not None:
+            evaluated = Derivatives(self.plan.surrogate, self.layer, self.recorded, self._blocks, reached)
+            tables["derivative"] = evaluated.table
         described = {"grad_input": grad_input, "grad_state_in": initial, "grad_parameters": sums,
                      "state_in": self.state_in, **tables, **incoming.tables()}
         if self.plan.recurrence is None:
@@ -273,31 +278,45 @@ class NeuronTape(Tape):
                                  initial: Sequence[torch.Tensor | None], wanted: Sequence[bool],
                                  result: list[torch.Tensor | None]) -> None:
         """The backward scan of a recurrent layer; fills in the gradients of the spikes before it, weight and bias."""
-        layer, dynamics, weight = self.layer, self.plan.dynamics, recurrence.weight.detach()
+        layer, dynamics = self.layer, self.plan.dynamics
         check_version(recurrence.weight, self.weight_version)
-        active = self.active_set(list(range(len(self.blocks))), self._crossover("input_gradient"))
-        product = self.recorder.scan.product if isinstance(self.recorder.scan, RecurrentScan) else None
-        tiles = None
-        if active is not None and not event_parallel(layer.device):
-            tiles = product.tiles if product is not None else pack_weights(weight)
+        tiles = self._tiles_of(recurrence) if recurrence.dense and not event_parallel(layer.device) else None
         carry = [layer.empty() if tensor is None else tensor for tensor in initial]
-        recurrent_backward(scan, weight, tiles, grad, carry)
-        spikes, rows = layer.rows * (scan.steps - 1), layer.rows
-        grad = grad[: layer.rows * scan.steps]
+        recurrent_backward(scan, recurrence, tiles, grad, carry)
+        rows = layer.rows
+        grad = grad[: rows * scan.steps].view(layer.rows_shape)
         if wanted[len(dynamics.carried)]:
-            result[len(dynamics.carried)] = (grad[:rows] @ weight).sum_to_size(self.state_kinds[-1][0]).view(
-                self.state_kinds[-1][0])
-        of_weight, of_bias = wanted[-2:]
-        if of_weight:
-            first = grad[:rows].t() @ self.spikes_in[0].view(rows, layer.cols)
-            result[len(wanted) - 2] = first + self._recurrent_gradient(grad[rows:], spikes) if spikes else first
-        if of_bias:
-            result[len(wanted) - 1] = grad.sum(0)
+            shape = self.state_kinds[-1][0]
+            result[len(dynamics.carried)] = recurrence.through(grad[:rows]).sum_to_size(shape).view(shape)
+        before = self.spikes_in[0].view(layer.rows_shape)
+        if not recurrence.dense:
+            spikes = before
+            if scan.steps > 1:
+                later = unpack(self._raster(rows * (scan.steps - 1)), layer.dtype)
+                spikes = torch.cat([before, later.view(layer.rows_shape)])
+            result[len(wanted) - 2 : len(wanted)] = recurrence.gradients(grad, spikes, wanted[-2:])
+            return
+        of_weight, _ = recurrence.gradients(grad[:rows], before, (wanted[-2], False))
+        if of_weight is not None and scan.steps > 1:
+            of_weight = of_weight + self._recurrent_gradient(grad[rows:])
+        result[len(wanted) - 2 : len(wanted)] = of_weight, grad.sum(0) if wanted[-1] else None
 
-    def _recurrent_gradient(self, grad: torch.Tensor, rows: int) -> torch.Tensor:
-        """That of the recurrent weight, from the spikes of so many rows ``[T * B]``, which drove the steps behind."""
+    def _tiles_of(self, recurrence: Recurrence) -> torch.Tensor | None:
+        """The packed weight, if gradients through it are wanted at few sites only."""
+        active = self.active_set(list(range(len(self.blocks))), self._crossover("input_gradient"))
+        if active is None:
+            return None
+        product = self.recorder.scan.product if isinstance(self.recorder.scan, RecurrentScan) else None
+        return product.tiles if product is not None else pack_weights(recurrence.weight.detach())
+
+    def _raster(self, rows: int) -> Raster:
+        """The spikes in the first rows ``[T * B]``."""
         rasters = [block.raster for block in self.blocks]
-        raster = Raster.concatenate(r for r in rasters if r is not None).part(0, rows)
+        return Raster.concatenate(raster for raster in rasters if raster is not None).part(0, rows)
+
+    def _recurrent_gradient(self, grad: torch.Tensor) -> torch.Tensor:
+        """That of the recurrent weight, from the gradients of all steps but the first."""
+        raster = self._raster(len(grad))
         share = density(raster) if not event_parallel(raster.device) else None
         if share is not None and share <= self._crossover("weight_gradient")(raster):
             counts["weight_gradient_sparse"] += 1

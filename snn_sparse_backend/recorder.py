@@ -18,8 +18,9 @@ from .kernels import nonzero, pack
 from .native import event_parallel
 from .raster import WORD, Raster, RasterArena
 from .recurrence import RecurrentScan
+from .recurrences import Recurrence
 from .reports import Densities
-from .scans import TRACES, ForwardScan, Layer, filled
+from .scans import TRACES, ForwardScan, Layer, filled, uniform
 from .stores import store_for
 from .surrogate import Surrogate
 
@@ -64,24 +65,11 @@ class Plan:
     def leaves(self) -> tuple[torch.Tensor, ...]:
         """All parameters that a step reads."""
         found = self.recurrence
-        return self.parameters if found is None else (*self.parameters, *recurrent_parameters(found))
+        return self.parameters if found is None else (*self.parameters, *found.parameters)
 
     def lane_serves(self, device: torch.device) -> bool:
         """Whether a per-step loop may leave further steps to a lane."""
         return self.module is not None and self.options.fuse_steps and not event_parallel(device)
-
-
-@dataclass(frozen=True, eq=False)
-class Recurrence:
-    """How the spikes of a step drive the next one: ``spikes @ weight.T + bias``.
-
-    Args:
-        weight: ``[N, N]``, as autograd knows it.
-        bias: ``[N]`` or None.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -145,7 +133,7 @@ class Recorder:
         self.scan = ForwardScan(layer) if recurrence is None else RecurrentScan(layer, recurrence, plan.options)
         self.store = store_for(layer, plan.densities, self.scan)
         differentiable = plan.dynamics.spikes and plan.surrogate.differentiable
-        self.keep_active = differentiable and plan.surrogate.bounded
+        self.keep_active = differentiable and plan.surrogate.bounded and not self._needs_places(plan)
         learns = bool(learned & set(plan.dynamics.needs_membrane))
         self.keep_membrane = learns or (differentiable and not self.keep_active)
         self.keep_traces = [trace.always or bool(learned & set(trace.parameters)) for trace in plan.dynamics.traces]
@@ -155,6 +143,10 @@ class Recorder:
             RasterArena(layer.rows, layer.cols, layer.device, first_steps) for _ in range(3)
         )
         self._offsets = RasterArena(1, WORD * layer.blocks, layer.device) if event_parallel(layer.device) else None
+
+    def _needs_places(self, plan: Plan) -> bool:
+        """Whether a derivative that Python evaluates depends on where a membrane belongs, not only on the membrane."""
+        return plan.surrogate.given is not None and not uniform(self.layer.parameters[self.dynamics.threshold])
 
     def run(self, x: torch.Tensor, states: Sequence[torch.Tensor], steps: int | None, record: bool,
             first: bool, spikes: Raster | None = None) -> Result:
@@ -237,11 +229,6 @@ class Recorder:
         raster = nonzero(fires) if event_parallel(fires.device) else pack(fires)
         assert raster is not None
         return raster
-
-
-def recurrent_parameters(recurrence: Recurrence) -> tuple[torch.Tensor, ...]:
-    """Weight and bias, if there is one."""
-    return (recurrence.weight,) if recurrence.bias is None else (recurrence.weight, recurrence.bias)
 
 
 def _start(tensor: torch.Tensor | None) -> int:

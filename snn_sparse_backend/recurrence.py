@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from . import kernels
 from .abi import STRUCTS
@@ -15,11 +14,9 @@ from .config import Options
 from .counters import counts
 from .native import event_parallel, kernel
 from .raster import Raster
+from .recurrences import Recurrence
 from .scans import BackwardScan, ForwardScan, Layer
 from .summation import finite, order_of
-
-if TYPE_CHECKING:
-    from .recorder import Recurrence
 
 ALIGNMENT = 64  # bytes; of the tensors that torch allocates
 
@@ -28,14 +25,13 @@ class RecurrentScan(ForwardScan):
     """The forward scan of a recurrent layer: it multiplies the spikes of each step by itself.
 
     Args:
-        recurrence: weight and bias.
+        recurrence: how its spikes drive it.
         options: tell whether the product may add in an order of its own.
     """
 
     def __init__(self, layer: Layer, recurrence: Recurrence, options: Options) -> None:
         super().__init__(layer)
-        self._weight = recurrence.weight.detach()
-        self._bias = recurrence.bias.detach() if recurrence.bias is not None else None
+        self._recurrence = recurrence
         self._current = layer.empty()  # of the recurrence, in the next step
         self._slot = (ctypes.c_void_p * 1)(self._current.data_ptr())
         self.arguments.recurrent = ctypes.addressof(self._slot)
@@ -46,16 +42,17 @@ class RecurrentScan(ForwardScan):
 
     def _by_events(self, options: Options) -> kernels.SynapseForward | None:
         """The product that walks the events, where it gives the same bits as the host's or need not."""
-        layer, weight = self._layer, self._weight
-        if event_parallel(layer.device) or len(layer.shape) != 2:
+        layer, weight, bias = self._layer, self._recurrence.weight.detach(), self._recurrence.bias
+        if event_parallel(layer.device) or len(layer.shape) != 2 or not self._recurrence.dense:
             return None
+        bias = bias.detach() if bias is not None else None
         if options.forward == "sparse":
-            return kernels.SynapseForward(weight, self._bias)
-        bias = self._bias is not None
-        order = order_of(layer.rows, layer.cols, layer.cols, layer.dtype, bias) if weight.is_contiguous() else None
+            return kernels.SynapseForward(weight, bias)
+        with_bias = bias is not None
+        order = order_of(layer.rows, layer.cols, layer.cols, layer.dtype, with_bias) if weight.is_contiguous() else None
         if order is None or not finite(weight):
             return None
-        return kernels.SynapseForward(weight, self._bias, order=order)
+        return kernels.SynapseForward(weight, bias, order=order)
 
     def begin(self, spikes: torch.Tensor, raster: Raster | None, outputs: torch.Tensor | None) -> None:
         """To be called before a block is run.
@@ -120,16 +117,16 @@ class RecurrentScan(ForwardScan):
         if spikes is not self._spikes and spikes.data_ptr() % ALIGNMENT:
             spikes = spikes.clone()  # the host's are a tensor of their own, and the product may round by address
         with torch.no_grad(), torch.autocast(layer.device.type, enabled=False):
-            self._current.copy_(F.linear(spikes, self._weight, self._bias))
+            self._current.copy_(self._recurrence.current(spikes))
 
 
-def backward(scan: BackwardScan, weight: torch.Tensor, tiles: torch.Tensor | None, grad_input: torch.Tensor,
+def backward(scan: BackwardScan, recurrence: Recurrence, tiles: torch.Tensor | None, grad_input: torch.Tensor,
              carry: Sequence[torch.Tensor]) -> None:
     """The backward scan of a recurrent layer.
 
     Args:
-        weight: recurrent ``[N, N]``.
-        tiles: CPU: the same packed, where gradients through it are wanted at active sites only.
+        recurrence: how spikes drove the next steps.
+        tiles: CPU: its weight packed, where gradients through it are wanted at active sites only.
         grad_input: ``[T * B, N]``, filled.
         carry: gradients of the states before the first step, filled.
     """
@@ -149,4 +146,4 @@ def backward(scan: BackwardScan, weight: torch.Tensor, tiles: torch.Tensor | Non
         grad = grad_input[step * layer.rows : (step + 1) * layer.rows]
         scan.run_one(step, grad, through, carry)
         if step:
-            through = grad @ weight
+            through = recurrence.through(grad.view(layer.rows_shape)).contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -43,6 +44,11 @@ def step_pointers(tensor: torch.Tensor | None, steps: int) -> Sequence[int]:
 def filled(scalar: torch.Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A scalar of the CPU on another device. It is filled in, because copying it would wait for the device."""
     return torch.full(shape, scalar.item(), dtype=dtype, device=device)
+
+
+def uniform(values: torch.Tensor) -> bool:
+    """Whether a parameter of a :class:`Layer` is the same at all its sites."""
+    return all(size == 1 or stride == 0 for size, stride in zip(values.shape, values.stride(), strict=True))
 
 
 def _set_table(struct: Any, name: str, address: int | None) -> None:
@@ -104,6 +110,11 @@ class Layer:
     @property
     def sites(self) -> int:
         return self.rows * self.cols
+
+    @property
+    def rows_shape(self) -> torch.Size:
+        """The shape of any number of rows, -1 in its place: ``[-1, ...]``."""
+        return torch.Size((-1, *(self.shape[1:] if len(self.shape) > 1 else self.shape)))
 
     def empty(self, *lead: int) -> torch.Tensor:
         return torch.empty((*lead, *self.shape), dtype=self.dtype, device=self.device)
@@ -203,6 +214,8 @@ class BackwardScan:
                  grad_states: Sequence[Any], state_in: Sequence[torch.Tensor | None], **tables: Any) -> None:
         self.layer, self.steps = layer, steps
         a = self.arguments = STRUCTS["SnnNeuronBackward"](layer=layer.struct, steps=steps)
+        if layer.surrogate.given is not None:  # the bounds are part of what was evaluated
+            a.layer.surrogate.low, a.layer.surrogate.high = -math.inf, math.inf
         self._tables, self._states = tables, grad_states
         self._keep: list[Any] = [grad_input, grad_state_in, grad_parameters, state_in]
         if event_parallel(layer.device) and steps > CONSTANTS["kStepsPerLaunch"]:

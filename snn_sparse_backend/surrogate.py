@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -14,6 +17,7 @@ class Surrogate:
         kind: name of the functor in ``csrc/surrogates.h`` (``"Atan"``, ``"FastSigmoid"``, ...).
         a, b: its constants (slope, alpha, ...).
         low, high: the derivative is zero outside the open interval ``(low, high)``.
+        given: computes the derivative at any tensor of ``x``, where the formula is a user's own (``"Given"``).
     """
 
     kind: str
@@ -21,6 +25,7 @@ class Surrogate:
     b: float = 0.0
     low: float = -math.inf
     high: float = math.inf
+    given: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @property
     def differentiable(self) -> bool:

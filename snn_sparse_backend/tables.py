@@ -6,7 +6,7 @@ A sequence may have thousands of steps, so nothing here is done step by step in 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +102,15 @@ class Recorded:
         if resets_follow_spikes:
             tables["reset"] = tables["reset"][:1] + tables["raster"][:-1]
         return tables
+
+    def values(self) -> Iterator[tuple[torch.Tensor | None, list[int]]]:
+        """Runs of steps whose compressed membranes are in one storage ``[sites]``, with their places in bytes."""
+        for storage, places in self._values:
+            whole = None
+            if storage is not None:  # its tensor is as large as it was before it shrank
+                kept = storage.untyped_storage()
+                whole = storage.new_empty(0).set_(kept, 0, (kept.nbytes() // storage.element_size(),))
+            yield whole, places
 
     def _noted(self) -> dict[str, Table[int]]:
         """Table by table, what was noted block by block."""

@@ -46,6 +46,24 @@ def names(case: dict[str, Any]) -> list[str]:
     return [variant["name"] for variant in case["variants"]]
 
 
+# ------------------------------------------------------------------------------------------------------- recurrence
+
+
+@pytest.mark.parametrize("library", ["snntorch", "norse"])
+def test_a_recurrent_layer(library: str) -> None:
+    pytest.importorskip(library)
+    case = figures(replace(TINY, library=library, recurrent=True))
+    assert "30-40r-10" in case["name"] and len(case["hidden"]) == 1
+    assert all(0.01 < layer["spike_rate"] < 0.05 for layer in case["hidden"])
+    for variant in case["variants"]:
+        if variant["fused"]:
+            assert {"recurrent_gradient_dense", "recurrent_gradient_sparse"} & variant["counts"].keys()
+            assert "cutoff" in variant["name"] or variant["gradient_difference"] < 1e-4
+    counts = case["variants"][-1]["counts"]
+    assert counts["recurrent_gradient_sparse"]
+    assert counts["lane_steps"] > 30 if library == "snntorch" else counts["recurrent_sparse"]  # of 40 steps of layers
+
+
 # ------------------------------------------------------------------------------------------------------ a whole run
 
 

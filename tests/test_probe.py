@@ -82,7 +82,7 @@ def run_snntorch(host: type) -> tuple[list[Tensor], list[str]]:
 def run_norse(name: str, library: Any) -> tuple[list[Tensor], list[str]]:
     """The same for a class of Norse, or for the swapped one."""
     torch.manual_seed(0)
-    layer = getattr(library, name)(*((4, 6) if "Recurrent" in name else ()))
+    layer = getattr(library, name)(*((4, 6) if NORSE_KINDS[getattr(norse, name)].weights else ()))
     cell = name.endswith("Cell")
     x = (20 * torch.rand(5, 3, 4)).requires_grad_()
     outputs, state = [], None

@@ -5,6 +5,7 @@ Forward outputs are the same bits by default; gradients agree to 1e-10 in float6
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,9 +21,41 @@ from oracle import Side, assert_same, precision, run
 from snntorch import surrogate
 from torch import Tensor, nn
 
+import snn_sparse_backend as sparse
+
 RESETS = ("subtract", "zero", "none")
+CHANNELS = 3
 STATES = {"Leaky": ("mem",), "Synaptic": ("syn", "mem"), "Lapicque": ("mem",), "Alpha": ("syn_exc", "syn_inh", "mem"),
           "RLeaky": ("spk", "mem"), "RSynaptic": ("spk", "syn", "mem")}
+
+
+class Bump(torch.autograd.Function):
+    """A surrogate that the backend does not know: ``1 / (1 + slope x^4)``, zero where ``|x| >= support``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slope: float, support: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.constants = slope, support
+        return (x > 0).float()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (x,), (slope, support) = ctx.saved_tensors, ctx.constants
+        inside = (x > -support) & (x < support)
+        return torch.where(inside, grad / (1 + slope * x**4), torch.zeros_like(grad)), None, None
+
+
+def bump(slope: float, support: float) -> Callable[[Tensor], Tensor]:
+    """A surrogate of the user's own, registered; the largest supports are infinite."""
+    support = support if support < 1.5 else math.inf
+
+    def spike_grad(x: Tensor) -> Tensor:
+        return Bump.apply(x, slope, support)
+
+    sparse.register_surrogate(spike_grad, low=-support, high=support)
+    return spike_grad
+
+
 SURROGATES: dict[str, tuple[Callable[..., Any], dict[str, tuple[float, float]]]] = {
     "atan": (surrogate.atan, {"alpha": (0.5, 5)}),
     "fast_sigmoid": (surrogate.fast_sigmoid, {"slope": (1, 50)}),
@@ -32,6 +65,7 @@ SURROGATES: dict[str, tuple[Callable[..., Any], dict[str, tuple[float, float]]]]
     "heaviside": (surrogate.heaviside, {}),
     "spike_rate_escape": (surrogate.spike_rate_escape, {"beta": (0.5, 2), "slope": (1, 25)}),
     "SFS": (surrogate.SFS, {"slope": (1, 25), "B": (0, 0.5)}),
+    "registered": (bump, {"slope": (1, 25), "support": (0.2, 2)}),
 }
 hit: Counter[str] = Counter()  # products of all examples of this module
 
@@ -76,6 +110,7 @@ class Layer:
     factor: Parameter
     state: str  # passed, kept, hidden
     initial: str  # none, given, learned
+    recurrence: str  # linear, conv, one, vector
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -83,7 +118,7 @@ class Layer:
 
     @property
     def learns_recurrence(self) -> bool:
-        return self.bias is not False
+        return self.bias is not False and not (self.recurrence == "one" and isinstance(self.alpha.value, int))
 
     @property
     def learns(self) -> bool:
@@ -130,11 +165,11 @@ sizes = st.one_of(st.integers(1, 12), st.sampled_from([63, 64, 65, 127, 128, 129
 
 
 @st.composite
-def layers(draw: st.DrawFn, size: int, bias: bool | None, vector: bool, recurrent: bool) -> Layer:
+def layers(draw: st.DrawFn, size: int, bias: bool | None, vector: bool, dimensions: int) -> Layer:
     shapes = ("number", "scalar", "one", "neurons") if vector else ("number", "scalar")
     return Layer(
-        kind=draw(st.sampled_from(("Leaky", "Leaky", "Synaptic", "Lapicque", "Alpha",
-                                   *(("RLeaky", "RLeaky", "RSynaptic") if recurrent else ())))),
+        kind=draw(st.sampled_from(("Leaky", "Leaky", "Synaptic", "Lapicque", "Alpha", "RLeaky", "RLeaky",
+                                   "RSynaptic"))),
         size=size,
         bias=bias,
         reset=draw(st.sampled_from(RESETS)),
@@ -146,6 +181,8 @@ def layers(draw: st.DrawFn, size: int, bias: bool | None, vector: bool, recurren
         factor=draw(parameters(st.one_of(st.just(1.0), st.just(1), st.floats(0.3, 2)), shapes, (True, False, False))),
         state=draw(st.sampled_from(("passed", "kept", "hidden"))),
         initial=draw(st.sampled_from(("none", "given", "learned"))),
+        recurrence=draw(st.sampled_from({0: ("one",), 1: ("linear", "vector"), 2: ("linear", "linear", "one", "vector"),
+                                         4: ("conv", "one")}.get(dimensions, ("one", "vector")))),
     )
 
 
@@ -157,12 +194,13 @@ def cases(draw: st.DrawFn, synapses: bool) -> Case:
                                                        (2, 3, inputs)]))
         biases = st.sampled_from([True, True, False])
         count = draw(st.sampled_from([1, 2, 2, 3, 3]))
-        chosen = [draw(layers(draw(sizes), draw(biases), True, len(shape) <= 2)) for _ in range(count)]
+        chosen = [draw(layers(draw(sizes), draw(biases), True, len(shape))) for _ in range(count)]
     else:
-        shape = draw(st.sampled_from([(), (1,), (7,), (3, 1), (4, 65), (1, 130), (2, 3, 4, 5), (3, 1, 9), (2, 70, 2)]))
+        shape = draw(st.sampled_from([(), (1,), (7,), (3, 1), (4, 65), (1, 130), (2, CHANNELS, 4, 5), (3, 1, 9),
+                                      (2, 70, 2)]))
         vector = len(shape) > 0
         size = shape[-1] if vector else 1
-        chosen = [draw(layers(size, None, vector, len(shape) in (1, 2))) for _ in range(draw(st.integers(1, 2)))]
+        chosen = [draw(layers(size, None, vector, len(shape))) for _ in range(draw(st.integers(1, 2)))]
     options: dict[str, Any] = {"cutoff": draw(st.one_of(st.none(), st.floats(0.05, 0.3), st.floats(0.05, 2)))}
     options["forward"] = draw(st.sampled_from(["host", "host", "sparse"]))
     if draw(st.integers(0, 3)) == 0:
@@ -194,7 +232,12 @@ def make_neuron(layer: Layer, side: Side) -> Any:
         "init_hidden": layer.state == "hidden", "output": layer.state == "hidden",
     }
     if layer.kind in ("RLeaky", "RSynaptic"):
-        options |= {"linear_features": layer.size, "learn_recurrent": layer.learns_recurrence}
+        options |= {"learn_recurrent": layer.learns_recurrence, **{
+            "linear": lambda: {"linear_features": layer.size},
+            "conv": lambda: {"conv2d_channels": CHANNELS, "kernel_size": 3},
+            "one": lambda: {"all_to_all": False, "V": layer.alpha.value},
+            "vector": lambda: {"all_to_all": False, "V": torch.randn(layer.size)},
+        }[layer.recurrence]()}
     if layer.kind == "RSynaptic":
         options |= {"beta": layer.beta.make(layer.size), "learn_beta": layer.beta.learn}
     if layer.kind in ("Leaky", "Synaptic", "RLeaky"):
@@ -317,6 +360,7 @@ def test_sparse_and_dense_products_were_all_hit() -> None:
     if not hit:
         pytest.skip("counts what the tests above ran")
     on_the_cpu = () if cuda_kernels() else ("recurrent_gradient_sparse", "recurrent_sparse")
+    assert hit["derivatives_given"] > 1000
     for product in ("weight_gradient_sparse", "weight_gradient_dense", "input_gradient_sparse", "input_gradient_dense",
                     "forward_sparse", "recurrent_gradient_dense", *on_the_cpu):
         assert hit[product] > 20, f"{product}: {hit[product]} times only: {hit}"

@@ -31,7 +31,7 @@ def trials_of(host: Any, spike_grad: Any = None, method: str = "super") -> Itera
     if host in KINDS:
         return snntorch_trials.trials(KINDS[host], host, adapter._FORWARDS[host], spike_grad or surrogate.atan())
     kind, sequence = NORSE_KINDS[host], not host.__name__.endswith("Cell")
-    p = host(*((4, 6) if kind.recurrent else ())).p
+    p = host(*((4, 6) if kind.weights else ())).p
     if hasattr(p, "method"):
         p = p._replace(method=method)
     return norse_trials.trials(kind, host, sequence, swapped._forward_of(host), swapped._STOCK[host], p)

@@ -30,7 +30,7 @@ __attribute__((noinline)) void apply_surrogate(const SnnSurrogate& s, const T* _
 template <class N> struct BackwardTables {
   using T = typename N::T::Scalar;
   const T *output, *recurrent, *at_active, *outside[N::States], *values;
-  const T *membrane, *traces[kMaxTraces];
+  const T *membrane, *derivative, *traces[kMaxTraces];
   const uint64_t *raster, *reset, *active;
 
   BackwardTables(const SnnNeuronBackward& a, int64_t step)
@@ -38,6 +38,7 @@ template <class N> struct BackwardTables {
         recurrent(step == a.steps - 1 ? static_cast<const T*>(a.grad_recurrent) : nullptr),
         at_active(entry<T>(a.grad_active, step)),
         values(entry<T>(a.values, step)), membrane(entry<T>(a.membrane, step)),
+        derivative(entry<T>(a.derivative, step)),
         raster(entry(a.raster, step)), reset(entry(a.reset, step)), active(entry(a.active, step)) {
     for (int i = 0; i < N::States; i++) outside[i] = entry<T>(a.grad_states[i], step);
     for (int i = 0; i < N::Traces; i++) traces[i] = entry<T>(a.traces[i], step);
@@ -144,7 +145,7 @@ template <class N, bool Learn> class BackwardTask {
       const auto body = [&](int64_t k, auto lanes) {
         Site<P> of{};
         of.u = load_lanes(s.values + offset + k, lanes);
-        N::distance(p, of).store(x + k);
+        (s.derivative ? load_lanes(s.derivative + offset + k, lanes) : N::distance(p, of)).store(x + k);
         const Gradient g{load_lanes(s.at_active + offset + k, lanes), {}};
         N::upstream(p, of, g).store(upstream + k);
       };
@@ -177,7 +178,7 @@ template <class N, bool Learn> class BackwardTask {
           const Site<P> of = site(s, unit, k, lanes);
           Gradient g = total(s, unit, k, lanes);
           if (at_active) g.output = g.output + take(at_active, word >> k);
-          N::distance(p, of).store(x + k);
+          (s.derivative ? load_lanes(s.derivative + unit.base + k, lanes) : N::distance(p, of)).store(x + k);
           N::upstream(p, of, g).store(upstream + k);
         });
         apply_surrogate(a_.layer.surrogate, x, upstream, phi_, 64);
@@ -185,6 +186,7 @@ template <class N, bool Learn> class BackwardTask {
       }
       if (!word) return {nullptr, phi_, 0};
       const T *value = s.values + offset, *at_active = s.at_active ? s.at_active + offset : nullptr;
+      const T* given = s.derivative ? s.derivative + offset : nullptr;
       for_each_pack<P>(unit.lanes, [&](int k, auto lanes) {
         const typename N::Parameters p = par_.at(k);
         const uint64_t bits = word >> k & lane_mask(P::kLanes);
@@ -193,7 +195,7 @@ template <class N, bool Learn> class BackwardTask {
         Gradient g = total(s, unit, k, lanes);
         if (at_active) g.output = g.output + take(at_active, bits);
         upstream = append(N::upstream(p, of, g), bits, upstream);
-        x = append(N::distance(p, of), bits, x);
+        x = append(given ? take(given, bits) : N::distance(p, of), bits, x);
       });
       fill_strip(x, 0);
       fill_strip(upstream, 0);

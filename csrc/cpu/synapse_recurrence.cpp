@@ -55,6 +55,7 @@ SnnNeuronBackward step_of(const SnnNeuronBackward& scan, int64_t step) {
   advance(one.active, step);
   advance(one.values, step);
   advance(one.membrane, step);
+  advance(one.derivative, step);
   for (auto& table : one.grad_states) advance(table, step);
   for (auto& table : one.traces) advance(table, step);
   one.grad_input = advanced(scan.grad_input, step * scan.layer.rows * scan.layer.cols, scan.layer.dtype);

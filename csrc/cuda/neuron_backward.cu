@@ -8,7 +8,7 @@ namespace cuda {
 namespace {
 
 struct Step {
-  const void *grad_output, *grad_active, *grad_states[kMaxStates], *values, *membrane, *traces[kMaxTraces];
+  const void *grad_output, *grad_active, *grad_states[kMaxStates], *values, *membrane, *derivative, *traces[kMaxTraces];
   const uint64_t *raster, *reset, *active;
   const int64_t* offsets;
 };
@@ -125,7 +125,8 @@ template <class N, bool Learn> class Scan {
     T phi = T(0);
     if (at.active) {
       const SnnSurrogate& s = a_.layer.surrogate;
-      const T x = N::distance(p_, site), upstream = N::upstream(p_, site, g);
+      const T x = a_.step[step].derivative ? given(a_.step[step]) : N::distance(p_, site);
+      const T upstream = N::upstream(p_, site, g);
       if (inside(x, bound<T>(s.low), bound<T>(s.high)))
         visit_surrogate<T>(s, [&](auto derivative) { phi = derivative(x, upstream); });
     }
@@ -138,6 +139,12 @@ template <class N, bool Learn> class Scan {
     for (int i = 0; i < N::States; i++) carry[i] = r.carry[i];
 #pragma unroll
     for (int p = 0; Learn && p < N::Count; p++) sums[p] += r.parameters[p];
+  }
+
+  // The derivative at this site, where the formula is not one of ours: loaded at its use, as it is the rare case.
+  __device__ T given(const Step& step) const {
+    return load<T>(step.derivative,
+                   step.membrane ? offset_ : step.offsets[blockIdx.x] + rank_in_block(step.active, site_));
   }
 
   // The states before a step.
@@ -176,6 +183,7 @@ Step step_of(const SnnNeuronBackward& a, int64_t step) {
   for (int i = 0; i < kMaxStates; i++) s.grad_states[i] = entry(a.grad_states[i], step);
   s.values = entry(a.values, step);
   s.membrane = entry(a.membrane, step);
+  s.derivative = entry(a.derivative, step);
   for (int i = 0; i < kMaxTraces; i++) s.traces[i] = entry(a.traces[i], step);
   s.raster = entry(a.raster, step);
   s.reset = entry(a.reset, step);

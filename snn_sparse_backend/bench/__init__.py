@@ -25,7 +25,7 @@ DEFAULT_OUT = Path("benchmarks/results/local")
 DEFAULT_PRESETS = {"cpu": "cpu", "cuda": "gpu"}
 LIBRARIES = ("snntorch", "norse")
 SWEEPS = ("density", "steps", "batch", "width")
-PRESET_NAMES = ("cpu", "quick", "gpu", "gpu-quick")
+PRESET_NAMES = ("cpu", "recurrent", "quick", "gpu", "gpu-quick")
 
 
 class NoGpuError(RuntimeError):

@@ -30,6 +30,7 @@ class Case:
         rounds: how often each variant is timed.
         layer: one spiking layer on whole sequences, instead of a classifier.
         gaussian: dense normal input instead of spikes.
+        recurrent: the hidden layer drives itself, from all neurons to all.
         conv: the convolutional network of snnTorch's tutorial 6, which sees the same image at every step.
         compiled: what of the host goes through ``torch.compile``.
         peers: other implementations beside the host and ours; see ``peers.py``.
@@ -45,6 +46,7 @@ class Case:
     rounds: int = 7
     layer: bool = False
     gaussian: bool = False
+    recurrent: bool = False
     conv: bool = False
     compiled: tuple[str, ...] = COMPILED
     peers: tuple[str, ...] = ()
@@ -57,7 +59,9 @@ class Case:
     def name(self) -> str:
         given = ", Gaussian input" if self.gaussian else ", static image" if self.conv else ""
         rates = f", {self.input_rate:.2%} spikes" if self.input_rate != RATE else ""
-        what = "12C5-MP2-64C5-MP2-1024FC10" if self.conv else "-".join(map(str, self.sizes))
+        layers = [str(size) for size in self.sizes]
+        layers[1] += "r" * self.recurrent
+        what = "12C5-MP2-64C5-MP2-1024FC10" if self.conv else "-".join(layers)
         return f"{self.library} {what}, T={self.steps}, B={self.batch}{given}{rates}"
 
     @property
@@ -131,8 +135,12 @@ _CPU = (
     *_layer("norse", 4096, rounds=1),
 )
 
+_RECURRENT = tuple(Case(library, (700, 256, 20), 250, 64, rounds=5, recurrent=True, compiled=(), peak=True)
+                   for library in ("snntorch", "norse"))
+
 PRESETS = {
-    "cpu": _CPU,
+    "cpu": (*_CPU, *_RECURRENT),
+    "recurrent": _RECURRENT,
     "quick": (_TINY, replace(_TINY, library="norse", peers=())),
     "gpu": _GPU,
     "gpu-quick": (

@@ -27,6 +27,17 @@ class OverTime(nn.Module):
         return self.synapse(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
+class Recurrent(nn.Module):
+    """The synapses of a recurrent layer: of its input, which it is called with, and of its own spikes."""
+
+    def __init__(self, inputs: int, size: int) -> None:
+        super().__init__()
+        self.feed, self.back = nn.Linear(inputs, size), nn.Linear(size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.feed(x)
+
+
 class Net(nn.Module):
     """Layers of one synapse and one neuron each.
 
@@ -59,22 +70,34 @@ class SnntorchNet(Net):
         import snntorch as snn
         from snntorch import surrogate
 
-        self.neurons = nn.ModuleList(snn.Leaky(beta, spike_grad=surrogate.fast_sigmoid(SLOPE)) for _ in synapses)
+        self.neurons = nn.ModuleList()
+        for synapse in synapses:
+            spike_grad = surrogate.fast_sigmoid(SLOPE)
+            if isinstance(synapse, Recurrent):
+                neuron = snn.RLeaky(beta, linear_features=synapse.back.in_features, spike_grad=spike_grad)
+                neuron.recurrent = synapse.back
+            else:
+                neuron = snn.Leaky(beta, spike_grad=spike_grad)
+            self.neurons.append(neuron)
 
-    def step(self, x: Tensor, membranes: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """One time step: the spikes of the last layer and the new membranes of all."""
-        new = []
-        for synapse, neuron, membrane in zip(self.synapses, self.neurons, membranes, strict=True):
-            x, membrane = neuron(synapse(x), membrane)
-            new.append(membrane)
+    def step(self, x: Tensor, states: list[Any]) -> tuple[Tensor, list[Any]]:
+        """One time step: the spikes of the last layer and the new states of all."""
+        new: list[Any] = []
+        for synapse, neuron, state in zip(self.synapses, self.neurons, states, strict=True):
+            if isinstance(synapse, Recurrent):
+                x, membrane = neuron(synapse(x), *state)
+                new.append((x, membrane))
+            else:
+                x, membrane = neuron(synapse(x), state)
+                new.append(membrane)
         return x, new
 
     def forward(self, x: Tensor) -> Tensor:
-        membranes = [neuron.reset_mem() for neuron in self.neurons]  # type: ignore[operator]
+        states = [neuron.reset_mem() for neuron in self.neurons]  # type: ignore[operator]
         out = []
         for x_t in x:
-            spikes, membranes = self.step(x_t, membranes)
-            out.append(spikes if self.layer else membranes[-1])
+            spikes, states = self.step(x_t, states)
+            out.append(spikes if self.layer else states[-1])
         return torch.stack(out) if self.layer else torch.stack(out).mean(0)
 
     def spikes_of(self, layer: int, currents: Tensor) -> Tensor:
@@ -83,9 +106,12 @@ class SnntorchNet(Net):
     def sequence(self, layer: int, currents: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Spikes ``[T, B, ...]`` of one layer, and its membrane at each step."""
         neuron: Any = self.neurons[layer]
+        recurrent = isinstance(self.synapses[layer], Recurrent)
         membrane, spikes, membranes = neuron.reset_mem(), [], []
+        if recurrent:
+            spike, membrane = membrane
         for current in currents:
-            spike, membrane = neuron(current, membrane)
+            spike, membrane = neuron(current, spike, membrane) if recurrent else neuron(current, membrane)
             spikes.append(spike)
             membranes.append(membrane)
         return torch.stack(spikes), membranes
@@ -95,7 +121,7 @@ class NorseNet(Net):
     """``SequentialState`` of synapses and LIF layers and an LI readout, on whole sequences ``[T, B, inputs]``.
 
     Args:
-        lif, li: neuron classes; cells if ``cells``.
+        lif, li: neuron classes; cells if ``cells``. ``lif`` takes sizes where it is recurrent, and has both synapses.
         cells: call it once a time step, on ``x.unbind(0)``.
     """
 
@@ -107,10 +133,17 @@ class NorseNet(Net):
         parameters: Any = norse.LIFParameters(method="tanh", alpha=torch.as_tensor(5.0))
         self.cells = cells
         spiking = len(synapses) - (0 if layer else 1)
-        neurons = [lif(p=parameters) if i < spiking else li() for i in range(len(synapses))]
-        lifted = [s if cells or isinstance(s, nn.Linear) else OverTime(s) for s in synapses]
-        self.layers = norse.SequentialState(*(m for pair in zip(lifted, neurons, strict=True) for m in pair))
-        self.neurons = nn.ModuleList(neurons)
+        self.neurons, modules = nn.ModuleList(), []
+        for i, synapse in enumerate(synapses):
+            if isinstance(synapse, Recurrent):
+                neuron = lif(synapse.feed.in_features, synapse.feed.out_features, p=parameters)
+                neuron.input_weights, neuron.recurrent_weights = synapse.feed.weight, synapse.back.weight
+            else:
+                neuron = lif(p=parameters) if i < spiking else li()
+                modules.append(synapse if cells or isinstance(synapse, nn.Linear) else OverTime(synapse))
+            modules.append(neuron)
+            self.neurons.append(neuron)
+        self.layers = norse.SequentialState(*modules)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.cells:
@@ -124,7 +157,15 @@ class NorseNet(Net):
         return stacked if self.layer else stacked.mean(0)
 
     def spikes_of(self, layer: int, currents: Tensor) -> Tensor:
-        return self.neurons[layer](currents)[0]
+        neuron: Any = self.neurons[layer]
+        if not isinstance(self.synapses[layer], Recurrent):
+            return neuron(currents)[0]
+        before = neuron.input_weights  # what it is given are currents
+        neuron.input_weights = nn.Parameter(torch.eye(currents.shape[-1], device=currents.device))
+        try:
+            return neuron(currents)[0]
+        finally:
+            neuron.input_weights = before
 
 
 def synapses_of(case: Case) -> nn.ModuleList:
@@ -133,7 +174,10 @@ def synapses_of(case: Case) -> nn.ModuleList:
         return nn.ModuleList([nn.Sequential(nn.Conv2d(1, 12, 5), nn.MaxPool2d(2)),
                               nn.Sequential(nn.Conv2d(12, 64, 5), nn.MaxPool2d(2)),
                               nn.Sequential(nn.Flatten(), nn.Linear(case.sizes[-2], case.sizes[-1]))])
-    return linear_layers(case.sizes)
+    synapses = linear_layers(case.sizes)
+    if case.recurrent:
+        synapses[0] = Recurrent(*case.sizes[:2])
+    return synapses
 
 
 def linear_layers(sizes: Sequence[int]) -> nn.ModuleList:

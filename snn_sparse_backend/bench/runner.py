@@ -27,7 +27,7 @@ from .measure import (
     step_memory,
     worst_difference,
 )
-from .networks import Net, OverTime, calibrate, weighted
+from .networks import Net, OverTime, Recurrent, calibrate, weighted
 from .peak import PeakError, peak_of
 from .variants import CUTOFF, Variant, contest_of
 
@@ -199,6 +199,8 @@ class _Products:
         with torch.no_grad():
             for i, synapse in enumerate(host.synapses):
                 self._add(weighted(synapse), torch.rand(x.shape[0] * x.shape[1], *shape, device=clock.device), i > 0)
+                if isinstance(synapse, Recurrent):
+                    self._add_recurrence(synapse.back.weight.detach(), x.shape[0], x.shape[1])
                 shape = OverTime(synapse)(x[:1, :1].new_zeros(1, 1, *shape)).shape[2:]
 
     def _add(self, synapse: nn.Linear | nn.Conv2d, given: Tensor, inner: bool) -> None:
@@ -217,6 +219,19 @@ class _Products:
         self._backward.append(partial(torch.mm, current.t(), given, out=grad_weight))
         if inner:
             self._backward.append(partial(torch.mm, current, weight, out=grad_given))
+
+    def _add_recurrence(self, weight: Tensor, steps: int, batch: int) -> None:
+        """Step by step, as each needs the one before it; the gradient of the weight does not."""
+        spikes, current = (torch.rand(steps, batch, len(weight), device=weight.device) for _ in range(2))
+        grad_weight, grad_spikes = torch.empty_like(weight), torch.empty_like(spikes)
+
+        def each(given: Tensor, by: Tensor, out: Tensor) -> None:
+            for one, result in zip(given.unbind(0), out.unbind(0), strict=True):
+                torch.mm(one, by, out=result)
+
+        self._forward.append(partial(each, spikes, weight.t(), current))
+        self._backward.append(partial(torch.mm, current.flatten(0, 1).t(), spikes.flatten(0, 1), out=grad_weight))
+        self._backward.append(partial(each, current, weight, grad_spikes))
 
     def seconds(self) -> tuple[float, float]:
         """Of the forward products, and of those for the gradients of the weights and of the hidden spikes."""

@@ -213,13 +213,15 @@ def _norse(case: Case, synapses: nn.ModuleList, x: Tensor, labels: Tensor, compi
     def net_of(synapses: nn.ModuleList, lif: Any, li: Any, cells: bool = False) -> NorseNet:
         return NorseNet(synapses, lif, li, cells, case.layer).to(x.device)
 
-    contest = Contest(case, net_of(synapses, stock.LIF, stock.LI), x, labels, only)
+    lif = "LIFRecurrent" if case.recurrent else "LIF"
+    contest = Contest(case, net_of(synapses, getattr(stock, lif), stock.LI), x, labels, only)
     contest.add_host("Norse sequence", contest.host, quadratic=True)
     if contest.wants("Norse cells, unbind"):
-        contest.add_host("Norse cells, unbind", net_of(synapses, stock.LIFCell, stock.LICell, cells=True))
+        cells = net_of(synapses, getattr(stock, f"{lif}Cell"), stock.LICell, cells=True)
+        contest.add_host("Norse cells, unbind", cells)
 
     for name, options in OPTIONS.items():
         if contest.wants(name):
-            contest.add_fused(name, net_of(same_parameters(synapses), swapped.LIF, swapped.LI),
+            contest.add_fused(name, net_of(same_parameters(synapses), getattr(swapped, lif), swapped.LI),
                               lambda o=options: norse_defaults(**o))  # type: ignore[misc]
     return contest
