@@ -22,7 +22,8 @@ import torch
 from norse.torch.module.snn import SNN, SNNCell, SNNRecurrent, SNNRecurrentCell
 from torch import nn
 
-from ..compat.norse import hands_over, input_drives_membrane_at_once
+from ..compat.norse import hands_over, input_drives_membrane_at_once, recurrent_step_is_compiled
+from ..compat.probe import Probe
 from ..config import Options, config
 from ..deferred import settled
 from ..lanes import steps as lane_steps
@@ -35,9 +36,12 @@ from .fallback import mode_problem, report, tensor_problem
 from .norse_neurons import KINDS, Kind, host_class
 from .norse_plans import plan_of
 from .norse_recurrence import input_current, problem_of
+from .norse_trials import trials
 from .support import Bystanders
 
 LIBRARY = "norse"
+probe = Probe(LIBRARY)
+_STOCK: dict[type, Any] = {host: host.forward for host in KINDS}  # type: ignore[attr-defined]  # as imported
 
 
 def options_of(module: Any) -> Options | None:
@@ -55,29 +59,35 @@ def _sequence_forward(self: Any, input_tensor: torch.Tensor, state: Any = None) 
 
 def _cell_forward(self: Any, input_tensor: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
     """One time step ``[B, ...]`` -> output and state of the same shape."""
-    return _forward(self, SNNCell.forward, input_tensor, state, sequence=False)
+    return _forward(self, _stock_forward, input_tensor, state, sequence=False)
 
 
 def _recurrent_sequence_forward(self: Any, input_tensor: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
     """Sequence ``[T, B, inputs]`` -> spikes ``[T, B, N]`` and the last state."""
-    return _forward(self, SNNRecurrent.forward, input_tensor, state, sequence=True)
+    return _forward(self, _stock_forward, input_tensor, state, sequence=True)
 
 
 def _recurrent_cell_forward(self: Any, input_tensor: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
     """One time step ``[B, inputs]`` -> spikes ``[B, N]`` and state."""
-    return _forward(self, SNNRecurrentCell.forward, input_tensor, state, sequence=False)
+    return _forward(self, _stock_forward, input_tensor, state, sequence=False)
 
 
 def _linear_cell_forward(self: Any, input_tensor: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
     """One time step ``[B, inputs]`` -> membrane ``[B, N]`` and state."""
-    return _forward(self, _stock_linear_cell, input_tensor, state, sequence=False)
-
-
-_stock_linear_cell = stock.LILinearCell.forward
+    return _forward(self, _stock_forward, input_tensor, state, sequence=False)
 
 
 def _stock_sequence(self: Any, x: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
-    return SNN.forward(self, settled(x), state)
+    return _stock_forward(self, settled(x), state)
+
+
+def _stock_forward(self: Any, x: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
+    return _STOCK[_host_of(self)](self, x, state)
+
+
+def _host_of(module: Any) -> type:
+    """Norse's own class of a module."""
+    return next(cls for cls in type(module).__mro__ if cls in _STOCK)
 
 
 def _takes_over(synapse: nn.Module, neuron: Any) -> bool:
@@ -153,9 +163,21 @@ def _problem(module: Any, kind: Kind | None, x: torch.Tensor, sequence: bool) ->
             return problem
     if getattr(module, "activation", kind.activation) is not kind.activation:
         return "its activation is not the library's feed-forward step"
+    return _version_problem(module)
+
+
+def _version_problem(module: Any) -> str | None:
+    """Why the step of the installed version is not the one that the kernels compute."""
     if isinstance(module, (stock.LIF, stock.LIFCell)) and not input_drives_membrane_at_once():
         return "this version of Norse orders the LIF step differently"
-    return None
+    if isinstance(module, (stock.LIFRecurrent, stock.LIFRecurrentCell)) and recurrent_step_is_compiled():
+        return "this version of Norse compiles the recurrent LIF step, which then rounds differently from call to call"
+    if not probe.wanted:
+        return None
+    host = _host_of(module)
+    key = host, getattr(module.p, "method", None), getattr(module.p, "reset_method", None)
+    sequence = issubclass(host, (SNN, SNNRecurrent))
+    return probe.problem(key, lambda: trials(KINDS[host], host, sequence, _forward_of(host), _STOCK[host], module.p))
 
 
 def _differentiable(kind: Kind, module: Any, plan: Plan, x: torch.Tensor, states: list[torch.Tensor],

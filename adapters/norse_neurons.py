@@ -12,13 +12,24 @@ from torch import Tensor
 
 from ..dynamics import IAF, LI, LI_BOX, LIF, LIF_RECURRENT, LSNN, LSNN_RECURRENT, Dynamics, lif_box
 
+
+def _if_there(name: str) -> Any:
+    """A module of Norse; None if the installed version has none."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        return None
+
+
 _lif = import_module("norse.torch.functional.lif")
 _li = import_module("norse.torch.functional.leaky_integrator")
 _box = import_module("norse.torch.functional.lif_box")
-_li_box = import_module("norse.torch.functional.leaky_integrator_box")
+_li_box = _if_there("norse.torch.functional.leaky_integrator_box")
 _iaf = import_module("norse.torch.functional.iaf")
 _lsnn = import_module("norse.torch.functional.lsnn")
-_reset = import_module("norse.torch.functional.reset")
+_reset = _if_there("norse.torch.functional.reset")  # without it a box neuron resets to v_reset
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +86,8 @@ class Kind:
 
 
 def _box_dynamics(p: Any) -> Dynamics | None:
+    if _reset is None:
+        return lif_box("value")
     method = p.reset_method
     return next((lif_box(name) for name in ("value", "subtract") if method is getattr(_reset, f"reset_{name}")), None)
 
@@ -96,8 +109,8 @@ _LI = Kind(_li.LIState, ("v", "i"), ("tau_mem_inv", "tau_syn_inv", "v_leak"), la
 _LI_LINEAR = replace(_LI, activation=_li.li_step, weights=_WEIGHTS[:1], initial=_initial_of_linear)
 _LIF_BOX = Kind(_box.LIFBoxFeedForwardState, ("v",), ("tau_mem_inv", "v_leak", "v_th", "v_reset"), _box_dynamics,
                 _box.lif_box_feed_forward_step, (1, 0, 0, 0))
-_LI_BOX = Kind(_li_box.LIBoxState, ("v",), ("tau_mem_inv", "v_leak"), lambda p: LI_BOX,
-               _li_box.li_box_feed_forward_step, (1, 0), _LEAK)
+_LI_BOX = Kind(getattr(_li_box, "LIBoxState", None), ("v",), ("tau_mem_inv", "v_leak"), lambda p: LI_BOX,
+               getattr(_li_box, "li_box_feed_forward_step", None), (1, 0), _LEAK)
 _IAF = Kind(_iaf.IAFFeedForwardState, ("v",), ("v_th", "v_reset"), lambda p: IAF, _iaf.iaf_feed_forward_step, (0, 0))
 _LSNN = Kind(_lsnn.LSNNFeedForwardState, ("v", "i", "b"),
              ("tau_mem_inv", "tau_syn_inv", "v_leak", "tau_adapt_inv", "v_th", "v_reset", "beta"), lambda p: LSNN,

@@ -17,6 +17,7 @@ import snntorch as snn
 import torch
 from torch import Tensor, nn
 
+from ..compat.probe import Probe
 from ..compat.snntorch import constants, emits, surrogate_of
 from ..config import Options, config
 from ..dynamics import leaky
@@ -32,6 +33,7 @@ from .adapter import OPTIONS, Adapter, truncate
 from .fallback import mode_problem, report, tensor_problem
 from .plans import PlanCache, values_of
 from .snntorch_neurons import KINDS, Kind
+from .snntorch_trials import trials
 from .support import Bystanders
 
 LIBRARY = "snntorch"
@@ -189,6 +191,7 @@ def _problem(kind: Kind, module: Any, x: Tensor, states: Sequence[Tensor]) -> st
 # ---------------------------------------------------------------------------------------------------- plans
 
 _plans = PlanCache()
+probe = Probe(LIBRARY)
 
 
 def _plan_of(kind: Kind, module: Any, options: Options, x: Tensor) -> tuple[Plan | None, str | None]:
@@ -248,7 +251,16 @@ def _settings_problem(kind: Kind, module: Any, x: Tensor, tensors: dict[str, Ten
             problem = f"{name} requires grad: {kind.constants[name]}"
         if problem is not None:
             return problem
-    return None
+    return _version_problem(kind, module)
+
+
+def _version_problem(kind: Kind, module: Any) -> str | None:
+    """Why the class of the installed version, with this surrogate, is not what the kernels compute."""
+    if not probe.wanted:
+        return None
+    host, spike_grad = type(module), module.spike_grad
+    key = host, getattr(spike_grad, "__code__", spike_grad)
+    return probe.problem(key, lambda: trials(kind, host, _FORWARDS[host], spike_grad))
 
 
 def _graded_problem(kind: Kind, module: Any, tensors: dict[str, Tensor]) -> str | None:

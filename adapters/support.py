@@ -60,7 +60,7 @@ SUPPORT = (
         f"{_METHODS}; left to the host: adjoint=True, states with fewer dimensions than the input"),
     Row("norse", ("LIFRecurrent", "LIFRecurrentCell", "LSNNRecurrent", "LSNNRecurrentCell"), True,
         f"{_METHODS}; autapses and masks; left to the host: sparse COO input, record_states, adjoint=True, steps of "
-        "more than two dimensions"),
+        "more than two dimensions, LIF of Norse 1.0, which compiles the step"),
     Row("norse", ("LIFEx", "LIFExCell", "LIFExRecurrent", "LIFExRecurrentCell", "LIFAdEx", "LIFAdExCell",
                   "LIFAdExRecurrent", "LIFAdExRecurrentCell", "LIFAdExRefracCell", "LIFAdExRefracRecurrentCell",
                   "LIFAdExRefracRecurrent"), False, "its exponential would have to be PyTorch's to the bit"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
@@ -9,8 +10,10 @@ from typing import Any
 
 from torch import nn
 
+from ..compat.versions import described, known
 from ..config import config
 from .adapter import OPTIONS, Adapter
+from .fallback import SparseFallbackWarning
 from .support import names
 
 _LIBRARIES = ("snntorch", "norse")
@@ -22,10 +25,12 @@ def _adapter(library: str) -> Adapter:
         raise ValueError(f"unknown library {library!r}: expected {expected}, or a model (torch.nn.Module)")
     try:
         module = import_module(f"..{library}", __name__)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] != library:
+    except (ImportError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == library:
+            raise ModuleNotFoundError(f"{library} is not installed: pip install {library}", name=library) from error
+        if known(library):
             raise
-        raise ModuleNotFoundError(f"{library} is not installed: pip install {library}", name=library) from error
+        raise ImportError(f"this package does not know {described(library)} and cannot use it: {error}") from error
     adapter: Adapter = module.adapter
     return adapter
 
@@ -36,6 +41,8 @@ def _installed() -> Iterator[Adapter]:
             yield _adapter(library)
         except ModuleNotFoundError:
             continue
+        except ImportError as error:  # the other library may be all that is wanted
+            warnings.warn(str(error), SparseFallbackWarning, stacklevel=4)
 
 
 def enable(target: str | nn.Module, **options: Any) -> None:
@@ -50,6 +57,7 @@ def enable(target: str | nn.Module, **options: Any) -> None:
         ValueError: for an unknown library, a bad option value, or a model without a supported spiking layer.
         TypeError: for an unknown option or a target that is neither a name nor a model.
         ModuleNotFoundError: if the library is not installed.
+        ImportError: if it is of an unknown version that lacks what this package builds on.
     """
     chosen = config.defaults.updated(options)
     if isinstance(target, nn.Module):

@@ -7,6 +7,7 @@ from functools import cache
 from types import FrameType
 
 import torch
+from norse.torch.functional import lif
 from norse.torch.functional.lif import LIFFeedForwardState, LIFParameters, lif_feed_forward_step
 from norse.torch.functional.threshold import threshold
 from norse.torch.module.sequential import SequentialState
@@ -23,6 +24,11 @@ def input_drives_membrane_at_once() -> bool:
     zero = torch.zeros(1, device=p.v_th.device)  # where Norse was imported, in case of a default device
     _, state = lif_feed_forward_step(zero + 0.5, LIFFeedForwardState(v=zero, i=zero), p, 0.001)
     return bool(state.v.item() > 0)
+
+
+def recurrent_step_is_compiled() -> bool:
+    """Whether the recurrent LIF step is TorchScript (1.0.0), whose optimiser changes its rounding after some calls."""
+    return isinstance(getattr(lif, "_lif_step_jit", None), torch.jit.ScriptFunction)
 
 
 @cache
@@ -59,7 +65,9 @@ def hands_over(synapse: nn.Module, neuron: nn.Module) -> bool:
     if frame is None or frame.f_code is not SequentialState.forward.__code__:
         return False
     container, index = frame.f_locals.get("self"), frame.f_locals.get("index")
-    if not isinstance(container, SequentialState) or not isinstance(index, int) or container.return_hidden:
+    if not isinstance(container, SequentialState) or not isinstance(index, int):
+        return False
+    if getattr(container, "return_hidden", False):  # 1.0.0 has none
         return False
     running = list(container)[index : index + 2]
     if len(running) < 2 or running[0] is not synapse or running[1] is not neuron:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import snntorch
 import torch
 from snntorch import surrogate as factories
 
@@ -61,6 +60,3 @@ def surrogate_of(spike_grad: Any) -> Surrogate | None:
 def emits(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the spikes for a membrane of this dtype: snnTorch calls ``.float()``."""
     return dtype if dtype is torch.float32 else torch.zeros((), dtype=dtype).float().dtype
-
-
-VERSION = snntorch.__version__ if hasattr(snntorch, "__version__") else "unknown"

@@ -222,8 +222,8 @@ def _info(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from . import __version__, config, crossovers
-    from .bench.measure import installed
     from .build import status
+    from .compat.versions import installed, known
     from .native import instruction_set
     from .recipes import CORE, CUDA
 
@@ -234,7 +234,9 @@ def _info(args: argparse.Namespace) -> int:
     table.add_row("snn_sparse_backend", __version__)
     table.add_row("python", sys.version.split()[0])
     for name in ("torch", "snntorch", "norse"):
-        table.add_row(name, installed(name) or "not installed")
+        found = installed(name)
+        known_or_not = "" if found is None or known(name) else " (not a known version: tried before it is trusted)"
+        table.add_row(name, f"{found or 'not installed'}{known_or_not}")
     table.add_row("configuration", str(config))
     table.add_row("threads", str(torch.get_num_threads()))
     table.add_row("compiler", state.compiler.version if state.compiler is not None else "none found")

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .adapters.switch import enabled, host_code, spiking_layers, truncated_surrogates
+from .compat.spikes import float64_spikes
 from .counters import counts
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -230,24 +231,6 @@ def _to_double(value: Any) -> Any:
     if isinstance(value, torch.Tensor) and value.is_floating_point():
         return value.detach().double().requires_grad_(value.requires_grad)
     return value
-
-
-@contextmanager
-def float64_spikes() -> Iterator[None]:
-    """Inside, ``Tensor.float`` leaves float64 alone, so that snnTorch nets can run in double precision."""
-    original = torch.Tensor.float
-
-    def redirect(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        # A surrogate converts the comparison u > 0: the boolean no longer tells the precision of u.
-        if self.dtype in (torch.bool, torch.float64):
-            return self.double()
-        return original(self, *args, **kwargs)
-
-    torch.Tensor.float = redirect  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        torch.Tensor.float = original  # type: ignore[method-assign]
 
 
 @contextmanager

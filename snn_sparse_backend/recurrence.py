@@ -18,6 +18,8 @@ from .recurrences import Recurrence
 from .scans import BackwardScan, ForwardScan, Layer
 from .summation import finite, order_of
 
+ALIGNMENT = 64  # bytes; of the tensors that torch allocates
+
 
 class RecurrentScan(ForwardScan):
     """The forward scan of a recurrent layer: it multiplies the spikes of each step by itself.
@@ -116,6 +118,8 @@ class RecurrentScan(ForwardScan):
             self.product(raster, out=self._current)
             return
         assert spikes is not None
+        if spikes is not self._spikes and spikes.data_ptr() % ALIGNMENT:
+            spikes = spikes.clone()  # the host's are a tensor of their own, and the product may round by address
         with torch.no_grad(), torch.autocast(layer.device.type, enabled=False):
             self._current.copy_(self._recurrence.current(spikes))
 

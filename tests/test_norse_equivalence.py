@@ -13,7 +13,7 @@ pytest.importorskip("norse")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from norse_cases import METHODS, Case, assert_same, cases
-from norse_oracle import Swapped, agree, assert_gradients, both, threshold_cut_at
+from norse_oracle import Swapped, agree, assert_gradients, both, needs, threshold_cut_at
 from torch import Tensor, nn
 
 import snn_sparse_backend as sparse
@@ -26,12 +26,14 @@ def often(examples: int) -> Callable[[Any], Any]:
 # ------------------------------------------------------------------------------------------------ one layer
 
 
+@needs("LIF")
 @given(case=cases("LIF"))
 @often(500)
 def test_lif(case: Case) -> None:
     assert_same(case)
 
 
+@needs("LIFCell")
 @given(case=cases("LIFCell"))
 @often(500)
 def test_lif_cell(case: Case) -> None:
@@ -56,12 +58,14 @@ def test_lif_box_cell(case: Case) -> None:
     assert_same(case)
 
 
+@needs("LIBoxCell")
 @given(case=cases("LIBoxCell"))
 @often(150)
 def test_li_box_cell(case: Case) -> None:
     assert_same(case)
 
 
+@needs("IAF")
 @given(case=cases("IAF"))
 @often(200)
 def test_iaf(case: Case) -> None:
@@ -86,6 +90,7 @@ def test_lsnn_cell(case: Case) -> None:
     assert_same(case)
 
 
+@needs("LIF")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("record", [False, True])
@@ -169,6 +174,7 @@ def net_program(net: dict[str, Any], dtype: torch.dtype, loop: bool) -> Callable
     return program
 
 
+@needs("LIF", "LIFCell")
 @pytest.mark.parametrize("loop", [False, True], ids=["sequence", "cells"])
 @given(net=NETS, dtype=st.sampled_from((torch.float64, torch.float32)))
 @often(60)
@@ -177,6 +183,7 @@ def test_net(loop: bool, net: dict[str, Any], dtype: torch.dtype) -> None:
         agree(net_program(net, dtype, loop), cutoff=net["cutoff"], crossover=net["crossover"])
 
 
+@needs("LIF", "LIFCell")
 @pytest.mark.parametrize("loop", [False, True], ids=["sequence", "cells"])
 @given(net=NETS)
 @often(30)

@@ -55,10 +55,12 @@ def test_every_class_of_norse_is_in_the_table() -> None:
 
 def test_swapped_classes_are_those_of_the_table() -> None:
     pytest.importorskip("norse")
-    from snn_sparse_backend.adapters import norse
+    from snn_sparse_backend.adapters import norse, norse_neurons
 
     assert set(norse.__all__) <= set(support.names("norse"))
-    assert set(support.names("norse")) - set(norse.__all__) <= {"LIFBox", "LIBox"}
+    missing = set(support.names("norse")) - set(norse.__all__)
+    assert missing == {name for name in support.names("norse") if norse_neurons.host_class(name) is None}
+    assert missing <= {"LIFBox", "LIBox", "IAF", "LIBoxCell"}  # not exported by the released Norse, or not yet in 1.0
 
 
 def snntorch_layers() -> dict[str, tuple[nn.Module, Tensor]]:

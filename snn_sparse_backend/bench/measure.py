@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from statistics import median
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..build import load_node
+from ..compat.versions import installed
 from ..config import config
 from ..counters import counts
 from ..crossovers import cpu_model
@@ -187,11 +187,3 @@ def _ask_smi(uuid: str) -> dict[str, str | None]:
     except (OSError, subprocess.SubprocessError, IndexError):
         return dict.fromkeys(_SMI.values())
     return dict(zip(_SMI.values(), values, strict=False))
-
-
-def installed(package: str) -> str | None:
-    """The version of a package, None if it is not installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
