@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..config import Options
 from ..recurrences import Recurrence
-from ..synapse_tape import run_synapse
+from ..synapse_run import run_synapse
 from ..tapes import tag_of
 from .fallback import tensor_problem
 

@@ -76,11 +76,35 @@ def rsynaptic_forward(self: Any, input_: Tensor, spk: Tensor | None = None, syn:
     return _forward(_RSYNAPTIC, self, input_, (spk, syn, mem))
 
 
+def delta_leaky_forward(self: Any, input_: Tensor, mem: Any = None) -> Any:
+    """Replaces ``snn.DeltaLeaky.forward``: ``mem`` is the membrane and that of the step before, both ``[B, ...]``."""
+    kind = KINDS[snn.DeltaLeaky]
+    options = None if torch.compiler.is_compiling() else options_of(self)
+    if options is None or not torch.is_grad_enabled():
+        return kind.host(self, input_, mem)
+    state = self._buffers.get("mem")
+    if not self.init_hidden:
+        if not isinstance(mem, (tuple, list)) or len(mem) != 2:  # the host raises its own error
+            return kind.host(self, input_, mem)
+        state = mem[0]
+    if state is None:
+        state = torch.zeros_like(input_)
+    fits = isinstance(state, Tensor) and state.shape == input_.shape
+    done = _step(kind, self, options, input_, [state]) if fits else None
+    if done is None:
+        return kind.host(self, input_, mem)
+    spk, (new,) = done
+    self.mem_prev, self.mem = state, new
+    return spk, (new, state)
+
+
 _FORWARDS: dict[Any, Any] = {
     snn.Leaky: leaky_forward, snn.Synaptic: synaptic_forward, snn.Lapicque: lapicque_forward, snn.Alpha: alpha_forward,
     snn.RLeaky: rleaky_forward, snn.RSynaptic: rsynaptic_forward,
 }
 _LEAKY, _SYNAPTIC, _LAPICQUE, _ALPHA, _RLEAKY, _RSYNAPTIC = (KINDS[host] for host in _FORWARDS)
+if hasattr(snn, "DeltaLeaky"):  # not in snnTorch 0.9
+    _FORWARDS[snn.DeltaLeaky] = delta_leaky_forward
 
 
 def _forward(kind: Kind, module: Any, x: Tensor, given: tuple[Tensor | None, ...]) -> Any:
@@ -93,21 +117,28 @@ def _forward(kind: Kind, module: Any, x: Tensor, given: tuple[Tensor | None, ...
     buffers = module._buffers
     states = kind.inner([buffers.get(name) if state is None else state
                          for name, state in zip(kind.states, given, strict=True)])
+    done = _step(kind, module, options, x, states)
+    return kind.host(module, x, *given) if done is None else _hand_out(kind, module, *done)
+
+
+def _step(kind: Kind, module: Any, options: Options, x: Tensor,
+          states: list[Any]) -> tuple[Tensor, Sequence[Tensor]] | None:
+    """Spikes and new states, in the order of the dynamics; None if the host has to compute them."""
     done = lane_steps.neuron(module, options, x, *states)
     if done is not None:
-        return _hand_out(kind, module, done[0], done[1:])
+        return done[0], done[1:]
     if any(type(state) is not Tensor for state in states):  # the host raises its own error
-        return kind.host(module, x, *given)
+        return None
     plan, problem = None, _problem(kind, module, x, states)
     if problem is None:
         plan, problem = _plan_of(kind, module, options, x)
     if problem is not None:
         report(module, problem)
-        return kind.host(module, x, *given)
+        return None
     assert plan is not None
     states = [s if s.shape == x.shape else torch.zeros_like(x, device=s.device) for s in states]
     if not any(t.requires_grad for t in (x, *states, *plan.leaves)):
-        return kind.host(module, x, *given)
+        return None
     synapses.learn_source(x, module, options_of)
     lane_steps.prepare()
     result = run_neuron(plan, x, states)
@@ -115,7 +146,7 @@ def _forward(kind: Kind, module: Any, x: Tensor, given: tuple[Tensor | None, ...
     if not options.fuse_steps and plan.dynamics.fires_from_state:
         # Who asks for the gradient at the membrane wants the part through its spikes too: they get a node of their own.
         spk = run_neuron(_firing(plan), membrane, [torch.zeros_like(membrane)]).output
-    return _hand_out(kind, module, spk, result.finals)
+    return spk, result.finals
 
 
 def _hand_out(kind: Kind, module: Any, spk: Tensor, states: Sequence[Tensor]) -> Any:
@@ -180,7 +211,7 @@ def _plan_of(kind: Kind, module: Any, options: Options, x: Tensor) -> tuple[Plan
         id(options), x.dtype, x.shape, x.device, id(spike_grad), constants(spike_grad),
         getattr(update, "__func__", None), getattr(update, "__self__", None) is module,
         own["reset_delay"] if kind.delays else None, own["inhibition"], bool(own["state_quant"]), settings,
-        Registrations.count,
+        Registrations.count, *(own.get(name) for name in kind.attributes),
         *((id(t), t._version, t.requires_grad) for t in tensors.values()),
     )
     alive = (options, spike_grad, *tensors.values())
@@ -211,6 +242,9 @@ def _settings_problem(kind: Kind, module: Any, x: Tensor, tensors: dict[str, Ten
         problem = recurrence.problem_of(module, x, tensors)
         if problem is not None:
             return problem
+    for name in kind.attributes:
+        if not isinstance(module.__dict__.get(name), (int, float)):
+            return f"{name} is not a number"
     for name in kind.parameters:
         problem = _parameter_problem(name, tensors[name], x)
         if problem is None and name in kind.constants and tensors[name].requires_grad:
@@ -256,15 +290,16 @@ def _parameter_problem(name: str, tensor: Tensor, x: Tensor) -> str | None:
 def _make_plan(kind: Kind, module: Any, options: Options, tensors: dict[str, Tensor]) -> Plan:
     surrogate = surrogate_of(module.spike_grad)
     assert surrogate is not None
-    factor = tensors["graded_spikes_factor"]
+    numbers = {name: torch.tensor(module.__dict__[name], dtype=torch.float64, device="cpu") for name in kind.attributes}
+    factor = tensors.get("graded_spikes_factor")
     return Plan(
         dynamics=kind.dynamics(module),
         surrogate=surrogate.within(options.cutoff),
         options=options,
         parameters=tuple(tensors[name] for name in kind.parameters),
         recurrence=recurrence.recurrence_of(module, tensors) if kind.recurrent else None,
-        derive=lambda: kind.derive(tensors),
-        unit_spikes=not factor.requires_grad and bool((values_of(factor) == 1).all()),
+        derive=lambda: kind.derive({**tensors, **numbers}),
+        unit_spikes=factor is None or (not factor.requires_grad and bool((values_of(factor) == 1).all())),
         densities=densities_of(module),
         module=weakref.ref(module),
         guard=_guard(kind, module, tensors),
@@ -274,7 +309,8 @@ def _make_plan(kind: Kind, module: Any, options: Options, tensors: dict[str, Ten
 def _guard(kind: Kind, module: Any, tensors: dict[str, Tensor]) -> tuple[tuple[Any, ...], ...]:
     """What :func:`_plan_of` has in its key, but for options and input."""
     own = module.__dict__
-    attributes = ("spike_grad", "inhibition", "state_quant", *(("reset_delay",) if kind.delays else ()))
+    attributes = ("spike_grad", "inhibition", "state_quant", *(("reset_delay",) if kind.delays else ()),
+                  *kind.attributes)
     closure = getattr(module.spike_grad, "__closure__", None) or ()
     return (
         *(("parameter", name, tensor) for name, tensor in tensors.items() if "." not in name),

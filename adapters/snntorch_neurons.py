@@ -10,7 +10,7 @@ import snntorch as snn
 import torch
 from torch import Tensor
 
-from ..dynamics import Dynamics, alpha, lapicque, leaky, rleaky, rsynaptic, synaptic
+from ..dynamics import DELTA_LEAKY, Dynamics, alpha, lapicque, leaky, rleaky, rsynaptic, synaptic
 from .plans import values_of
 
 Derived = tuple[Tensor, ...]
@@ -29,6 +29,7 @@ class Kind:
         order: where each state of the dynamics is among them.
         parameters: names of the parameters or buffers that its step reads.
         constants: those of them that may not require grad, each with the reason.
+        attributes: names of its attributes that are numbers, which its step reads as well.
         describe: ``(reset, late) -> dynamics``.
         derive: the parameters of the dynamics from the tensors by name.
         host: its ``forward``.
@@ -45,6 +46,7 @@ class Kind:
     methods: Mapping[str, Any]
     delays: bool = True
     constants: Mapping[str, str] = field(default_factory=dict)
+    attributes: tuple[str, ...] = ()
 
     @property
     def recurrent(self) -> bool:
@@ -75,6 +77,8 @@ class Kind:
         for name, original in self.methods.items():
             if getattr(type(module), name) is not original or name in module.__dict__:
                 return f"its method {name} was replaced"
+        if not self.methods:
+            return None
         function = module.__dict__["state_function"]
         update: str = getattr(function, "__name__", "")
         if getattr(function, "__self__", None) is not module or update not in _RESETS:
@@ -87,6 +91,8 @@ class Kind:
 
     def dynamics(self, module: Any) -> Dynamics:
         """The dynamics of a module nothing of which was replaced."""
+        if not self.methods:
+            return self.describe("none", False)
         return self.describe(_RESETS[module.state_function.__name__], self.late_reset(module) != "none")
 
 
@@ -119,6 +125,11 @@ def _alpha(p: Mapping[str, Tensor]) -> Derived:
     return tau, p["threshold"], p["graded_spikes_factor"], a, b
 
 
+# Unlike Leaky, it does not clamp beta, has no reset, and ignores inhibition, state_quant and graded spikes.
+_DELTA_LEAKY: dict[type, Kind] = {} if not hasattr(snn, "DeltaLeaky") else {
+    snn.DeltaLeaky: Kind(("mem",), (0,), ("beta",), lambda *_: DELTA_LEAKY,
+                         lambda p: (p["beta"], p["delta_threshold"]), snn.DeltaLeaky.forward, {}, delays=False,
+                         attributes=("delta_threshold",))}
 _LEARNED_RC = "it is computed from a learnable beta once, when the layer is made"
 
 KINDS: dict[type, Kind] = {
@@ -132,4 +143,5 @@ KINDS: dict[type, Kind] = {
     snn.RLeaky: _kind(snn.RLeaky, ("spk", "mem"), ("beta", *_FIRING), rleaky, _leaky),
     snn.RSynaptic: _kind(snn.RSynaptic, ("spk", "syn", "mem"), ("alpha", "beta", *_FIRING),
                          lambda reset, _: rsynaptic(reset), _synaptic, methods=("_base_state_reset_zero",)),
+    **_DELTA_LEAKY,
 }

@@ -46,8 +46,9 @@ SUPPORT = (
     Row("snntorch", ("RLeaky", "RSynaptic"), True,
         f"recurrence by a Linear, a Conv2d or one to one; {_RESETS}; {_LEFT}; a Linear on more than two dimensions, "
         "other recurrences, graded spikes; RSynaptic: reset_delay=False"),
+    Row("snntorch", ("DeltaLeaky",), True, "any beta; left to the host: a delta_threshold that is not a number, "
+        "surrogates without a known formula that are not registered"),
     Row("snntorch", ("SLSTM", "SConv2dLSTM"), False, "its gates are dense products of dense states"),
-    Row("snntorch", ("DeltaLeaky",), False, "it fires on differences of its membrane, for which there is no kernel"),
     Row("snntorch", ("LeakyParallel", "StateLeaky", "LinearLeaky", "AssociativeLeaky"), False, _WHOLE),
     Row("norse", ("LIF", "LIFCell"), True,
         f"{_METHODS}; left to the host: sparse COO input, Norse 1.0's order of the step, an alpha per neuron"),

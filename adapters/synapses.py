@@ -15,7 +15,8 @@ from ..config import Options, config
 from ..lanes import steps as lane_steps
 from ..native import DTYPES
 from ..neuron_tape import NeuronTape
-from ..synapse_tape import SynapseTape, run_synapse
+from ..synapse_run import run_synapse
+from ..synapse_tape import SynapseTape
 from ..tapes import TAG, SourceTag, tag_of
 from .fallback import mode_problem, tensor_problem
 

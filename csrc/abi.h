@@ -9,7 +9,7 @@
 enum SnnDtype : int32_t { kFloat32 = 0, kFloat64 = 1 };
 enum SnnModel : int32_t {
   kLeaky, kSynaptic, kLapicque, kAlpha, kRLeaky, kRSynaptic,
-  kLif, kLi, kLifBox, kLiBox, kIaf, kLsnn, kLifRecurrent, kLsnnRecurrent
+  kDeltaLeaky, kLif, kLi, kLifBox, kLiBox, kIaf, kLsnn, kLifRecurrent, kLsnnRecurrent
 };
 enum SnnReset : int32_t { kSubtract, kZero, kNone, kValue };  // kValue: to a reset potential
 

@@ -255,6 +255,18 @@ def alpha(reset: str) -> Dynamics:
     )
 
 
+DELTA_LEAKY = Dynamics(
+    name="DeltaLeaky",
+    model="kDeltaLeaky",
+    states=("mem",),
+    parameters=("beta", "delta_threshold"),
+    firing=_flow("x mem beta"),
+    flows=_flows("spike", "x mem beta"),
+    reset="kNone",
+    traces=(Trace("mem", (0,)),),
+    constants=(1,),
+)
+
 # ------------------------------------------------------------------------------------------------------- Norse
 
 LIF = Dynamics(

@@ -202,6 +202,8 @@ class Recorder:
         if isinstance(self.scan, RecurrentScan):
             self.scan.begin(self._ready(states[-1], layer.shape), spikes, output if steps is not None else None)
         self.store.run(block, pointers, [s.data_ptr() for s in before], [s.data_ptr() for s in finals], inputs)
+        if isinstance(self.scan, RecurrentScan):
+            self.scan.finish()
         if inputs is not None:
             inputs.finish()
         counts["neuron_steps"] += count

@@ -64,6 +64,10 @@ class RecurrentScan(ForwardScan):
         """
         self._spikes, self._raster, self._outputs = spikes, raster, outputs
 
+    def finish(self) -> None:
+        """Lets go of what :meth:`begin` was given, once the block has run."""
+        self._spikes = self._raster = self._outputs = None
+
     def run(self, steps: int, pointers: Iterable[int | None], state_in: Sequence[int], state_out: Sequence[int],
             values: int | None = None, values_capacity: int = 0, first: int = 0, end: int | None = None,
             report: Any = None) -> int:

@@ -109,7 +109,7 @@ class Recorded:
             whole = None
             if storage is not None:  # its tensor is as large as it was before it shrank
                 kept = storage.untyped_storage()
-                whole = storage.new_empty(0).set_(kept, 0, (kept.nbytes() // storage.element_size(),))
+                whole = storage.new_empty(0).set_(kept, 0, (kept.nbytes() // storage.element_size(),), (1,))
             yield whole, places
 
     def _noted(self) -> dict[str, Table[int]]:

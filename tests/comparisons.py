@@ -17,6 +17,7 @@ from reference import Cotangents, Tensors
 
 from snn_sparse_backend import build, kernels, native, scans
 from snn_sparse_backend.dynamics import (
+    DELTA_LEAKY,
     IAF,
     LI,
     LI_BOX,
@@ -41,11 +42,11 @@ MODELS |= {f"Synaptic-{reset}{'-late' * late}": synaptic(reset, bool(late)) for 
 MODELS |= {f"{make.__name__.title()}-{reset}": make(reset) for make in (lapicque, alpha)
            for reset in ("subtract", "zero", "none")}
 MODELS |= {"LIF": LIF, "LI": LI, "LIFBox-value": lif_box("value"), "LIFBox-subtract": lif_box("subtract"),
-           "LIBox": LI_BOX, "IAF": IAF, "LSNN": LSNN}
+           "LIBox": LI_BOX, "IAF": IAF, "LSNN": LSNN, "DeltaLeaky": DELTA_LEAKY}
 PARAMETERS = {"kLeaky": (0.9, 0.7, 1.3), "kSynaptic": (0.9, 0.7, 1.3, 0.6), "kLapicque": (0.8, 0.7, 1.3, 1.2, 0.7, 1.1),
               "kAlpha": (2.5, 0.5, 1.3, 0.8, 0.6), "kLif": (0.3, -0.2, 0.1, 0.4, -0.1), "kLi": (0.3, -0.2, 0.1),
               "kLifBox": (0.3, 0.1, 0.4, -0.1), "kLiBox": (0.3, 0.1), "kIaf": (0.6, -0.1),
-              "kLsnn": (0.3, -0.2, 0.1, 0.2, 0.4, -0.1, 0.3)}
+              "kDeltaLeaky": (0.9, 0.6), "kLsnn": (0.3, -0.2, 0.1, 0.2, 0.4, -0.1, 0.3)}
 TRACES = len(scans.TRACES)
 SURROGATES = (
     Surrogate("Atan", 2.0),

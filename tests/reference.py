@@ -196,6 +196,16 @@ def alpha(model: Dynamics, surrogate: Surrogate, p: Tensors, x: torch.Tensor, st
     return fire(model, surrogate, v, reset, threshold, gamma, [exc, inh], [exc, inh])
 
 
+def delta_leaky(model: Dynamics, surrogate: Surrogate, p: Tensors, x: torch.Tensor, states: Tensors) -> Step:
+    """snnTorch ``DeltaLeaky``, see SNNTORCH.md 2.9."""
+    (v,), (beta, threshold) = states, p
+    moved = beta * v + x
+    u = moved - v
+    distance = u.abs() - threshold
+    z = Spike.apply(distance, surrogate)
+    return Step(z, [moved], u, [moved], distance, z, torch.zeros_like(z))
+
+
 def lif(model: Dynamics, surrogate: Surrogate, p: Tensors, x: torch.Tensor, states: Tensors) -> Step:
     """Norse ``LIF``, see NORSE.md 1.5; p[1] is minus the synaptic decay."""
     (v, i), (mem, syn, leak, threshold, reset) = states, p
@@ -244,8 +254,9 @@ def lsnn(model: Dynamics, surrogate: Surrogate, p: Tensors, x: torch.Tensor, sta
     return Step(z, after, u, [decayed, i], u - decayed, z, torch.zeros_like(z))
 
 
-STEPS = {"kLeaky": leaky, "kSynaptic": synaptic, "kLapicque": lapicque, "kAlpha": alpha, "kLif": lif, "kLi": li,
-         "kLifBox": lif_box, "kLiBox": li_box, "kIaf": iaf, "kLsnn": lsnn}
+STEPS = {"kLeaky": leaky, "kSynaptic": synaptic, "kLapicque": lapicque, "kAlpha": alpha,
+         "kDeltaLeaky": delta_leaky, "kLif": lif, "kLi": li, "kLifBox": lif_box, "kLiBox": li_box, "kIaf": iaf,
+         "kLsnn": lsnn}
 
 
 def scan(model: Dynamics, surrogate: Surrogate, parameters: Tensors, inputs: Tensors, states: Tensors) -> list[Step]:

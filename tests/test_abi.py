@@ -128,9 +128,9 @@ def test_surrogates_that_adapters_name_exist() -> None:
 
 
 MODELS = [dynamics.leaky("zero", True), dynamics.synaptic("zero", True), dynamics.lapicque("zero"),
-          dynamics.alpha("zero"), dynamics.rleaky("zero", True), dynamics.rsynaptic("zero"), dynamics.LIF, dynamics.LI,
-          dynamics.lif_box("value"), dynamics.LI_BOX, dynamics.IAF, dynamics.LSNN, dynamics.LIF_RECURRENT,
-          dynamics.LSNN_RECURRENT]
+          dynamics.alpha("zero"), dynamics.rleaky("zero", True), dynamics.rsynaptic("zero"), dynamics.DELTA_LEAKY,
+          dynamics.LIF, dynamics.LI, dynamics.lif_box("value"), dynamics.LI_BOX, dynamics.IAF, dynamics.LSNN,
+          dynamics.LIF_RECURRENT, dynamics.LSNN_RECURRENT]
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda m: m.name)

@@ -25,6 +25,7 @@ SNNTORCH: dict[str, Callable[[], Any]] = {
     "Synaptic": lambda: snn.Synaptic(0.8, 0.9),
     "Lapicque": lambda: snn.Lapicque(R=1.5, C=3.0),
     "Alpha": lambda: snn.Alpha(0.9, 0.8),
+    "DeltaLeaky": lambda: snn.DeltaLeaky(0.3, beta=0.9),
     "RLeaky": lambda: snn.RLeaky(0.9, linear_features=SIZE),
     "RSynaptic": lambda: snn.RSynaptic(0.8, 0.9, linear_features=SIZE),
 }
@@ -65,8 +66,13 @@ class Subject:
                 total = total + (out * torch.linspace(-1, 1.3, out.numel()).view(out.shape)).sum()
                 total = total + state.v.sum()
             return total
-        states, total = (), torch.zeros(())
+        states: Any = ()
+        total = torch.zeros(())
         for _ in range(steps):
+            if self.name == "DeltaLeaky":
+                out, states = layer(linear(x), states or (None, None))
+                total = total + (out * torch.linspace(-1, 1.3, out.numel()).view(out.shape)).sum() + states[0].sum()
+                continue
             out, *rest = layer(linear(x), *states)
             states = (out, *rest) if self.name.startswith("R") else tuple(rest)
             total = total + (out * torch.linspace(-1, 1.3, out.numel()).view(out.shape)).sum() + rest[-1].sum()
@@ -137,8 +143,9 @@ def test_compiling_does_not_break_the_graph(subject: Subject) -> None:
         torch._dynamo.reset()
         (linear, layer), x = subject.model(), subject.input()  # type: ignore[misc]
         with torch.no_grad():
-            first = layer(linear(x))
-        state = first[1:2] if subject.library == "norse" else first[0 if subject.name.startswith("R") else 1 :]
+            first = layer(linear(x), *([(None, None)] if subject.name == "DeltaLeaky" else []))
+        together = subject.library == "norse" or subject.name == "DeltaLeaky"  # states in one tuple
+        state = first[1:2] if together else first[0 if subject.name.startswith("R") else 1 :]
         with ExitStack() as stack:
             if on:
                 stack.enter_context(sparse.enabled(subject.library))
@@ -196,17 +203,23 @@ def test_one_warning_a_layer_and_reason(subject: Subject) -> None:
     assert len(messages) == 1 and messages[0].startswith(f"{subject.name}: ") and "autocast" in messages[0]
 
 
+def names_in(model: nn.Module) -> tuple[list[str], list[str]]:
+    return list(model.state_dict()), [name for name, _ in model.named_buffers()]
+
+
 @each
-def test_it_can_be_copied_and_keeps_its_names(subject: Subject) -> None:
-    model = subject.model()
-    names = list(model.state_dict()), [name for name, _ in model.named_buffers()]
+def test_it_can_be_copied_and_has_the_hosts_names(subject: Subject) -> None:
+    model, stock = subject.model(), subject.model()
+    subject.run(stock, subject.input()).backward()
     with sparse.enabled(subject.library):
         subject.run(model, subject.input()).backward()
-        assert (list(model.state_dict()), [name for name, _ in model.named_buffers()]) == names
-        for buffer in [name for name, b in model[1].named_buffers() if b.grad_fn is not None]:
-            setattr(model[1], buffer, getattr(model[1], buffer).detach())
+        assert names_in(model) == names_in(stock)
+        for name, buffer in list(model[1].named_buffers()):  # type: ignore[index]
+            if buffer.grad_fn is not None:  # torch copies leaves only
+                setattr(model[1], name, buffer.detach())  # type: ignore[index]
+        if hasattr(model[1], "mem_prev"):  # type: ignore[index]
+            model[1].mem_prev = None  # type: ignore[index]
         twin = copy.deepcopy(model)
-        twin.zero_grad()
         sparse.reset_counts()
         subject.run(twin, subject.input()).backward()
     assert sparse.counts["neuron_steps"] > 0

@@ -117,12 +117,9 @@ def test_replaced_method_of_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_subclasses_run_their_own_code() -> None:
-    delta = [lambda: snn.DeltaLeaky(0.1, beta=0.9)] if hasattr(snn, "DeltaLeaky") else []  # snnTorch 1.0
-    for make in (lambda: Custom(0.9, learn_beta=True), *delta):
-        state = (lambda: None) if make().__class__ is Custom else lambda: (torch.zeros(BATCH, 6), torch.zeros(BATCH, 6))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SparseFallbackWarning)
-            assert_same(one_layer(make, state=state), fused=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SparseFallbackWarning)
+        assert_same(one_layer(lambda: Custom(0.9, learn_beta=True)), fused=False)
 
 
 def test_one_warning_for_a_custom_subclass() -> None:

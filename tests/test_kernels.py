@@ -388,6 +388,7 @@ PLANTED = {
     "neurons/lapicque.h": ("r.carry[0] = p.decay * updated;", "r.carry[0] = updated;"),
     "neurons/alpha.h": ("r.input = exc - inh;", "r.input = exc + inh;"),
     "neurons/lif_box.h": ("T lu = (p.to_value ? (T(1) - s.spike) * lv : lv) + phi;", "T lu = lv + phi;"),
+    "neurons/delta_leaky.h": ("p.beta * moved - phi;", "p.beta * moved;"),
     "neurons/iaf.h": ("g.state[0] * (p.reset - s.u);", "g.state[0] * p.reset;"),
     "neurons/lsnn.h": ("decayed = lb - phi;", "decayed = lb;"),
     "cpu/synapse_gradients.cpp": ("odd.add(grad + a.row[e + 1] * columns);", "odd.add(grad + a.row[e] * columns);"),
@@ -405,7 +406,8 @@ def test_planted_errors_are_found(tmp_path: Path) -> None:
     path = build.provide(plain_recipe(tmp_path / "csrc", ("-O1",)), tmp_path / "cache").path
     with library(path):
         compare_scan("LIF", SURROGATES[1], 4, 3, 70, torch.float64, 0)  # what was left alone still passes
-        for name in ("subtract", "Synaptic-none", "Lapicque-zero", "Alpha-none", "LIFBox-value", "IAF", "LSNN"):
+        for name in ("subtract", "Synaptic-none", "Lapicque-zero", "Alpha-none", "LIFBox-value", "IAF", "LSNN",
+                     "DeltaLeaky"):
             with pytest.raises(AssertionError, match="not close"):
                 compare_scan(name, SURROGATES[1], 4, 3, 70, torch.float64, 0)
         with pytest.raises(AssertionError, match="not equal"):

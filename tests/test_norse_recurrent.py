@@ -23,6 +23,7 @@ from torch import Tensor
 
 import snn_sparse_backend as sparse
 from snn_sparse_backend import SparseFallbackWarning
+from snn_sparse_backend.memory import saved_bytes
 
 METHODS = ("super", "triangle", "tanh", "circ", "heavi_erfc", "heaviside")
 RANGES = {"tau_syn_inv": (20.0, 400.0), "tau_mem_inv": (50.0, 500.0), "v_leak": (-0.3, 0.3), "v_th": (0.2, 0.9),
@@ -253,3 +254,12 @@ def test_a_copy_works() -> None:
         x = torch.rand(4, 3, 5)
         twin = copy.deepcopy(layer)
         assert torch.equal(layer(x)[0], twin(x)[0]) and isinstance(twin, stock.LIFRecurrent)
+
+
+@pytest.mark.skipif(cuda_kernels(), reason="arenas have room for what was not heard of yet")
+def test_spikes_are_kept_as_bits() -> None:
+    layer, x = swapped.LIFRecurrent(20, 64), (torch.rand(40, 16, 20) < 0.2).float()
+    with clean_slate(cutoff=0.05):
+        out, state = layer(x)
+        kept = saved_bytes([out, *state], exclude=[x, *layer.parameters()])
+    assert 0 < kept < out.nbytes / 2, (kept, out.nbytes)

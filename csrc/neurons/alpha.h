@@ -40,16 +40,10 @@ template <class Scalar> struct Alpha : Firing<Scalar, kAnyReset, false> {
     return s;
   }
 
-  SNN_HD static T distance(const Parameters& p, const Site<T>& s) { return s.u - p.threshold; }
-
   SNN_HD static void left(const Parameters&, const Site<T>& s, T* state) {
     state[0] = s.u;
     state[1] = s.trace[0];
     state[2] = s.trace[1];
-  }
-
-  SNN_HD static T upstream(const Parameters& p, const Site<T>& s, const Cotangents<T, States>& g) {
-    return p.Fires::upstream(s, g.output, g.state[0]);
   }
 
   SNN_HD static Gradients<T, States, Count> adjoint(const Parameters& p, const Site<T>& s, const T* before,

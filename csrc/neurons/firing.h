@@ -34,10 +34,12 @@ template <class T, int Reset, bool Late> struct Firing {
     return -(subtracts() ? threshold : s.u) * carried;
   }
 
-  SNN_HD T upstream(const Site<T>& s, T output, T carried) const {
-    T total = output;
-    if (InnerSpikeGradient) total = total + correction(s, carried) / gamma;
-    return total * gamma;
+  // As site.h wants them; p: the parameters of the neuron, which has these rules.
+  SNN_HD static T distance(const Firing& p, const Site<T>& s) { return s.u - p.threshold; }
+  template <int States> SNN_HD static T upstream(const Firing& p, const Site<T>& s, const Cotangents<T, States>& g) {
+    T total = g.output;
+    if (InnerSpikeGradient) total = total + p.correction(s, g.state[0]) / p.gamma;
+    return total * p.gamma;
   }
 
   // Gradients of the membrane at the comparison, of the threshold (but for a reset in this step) and of gamma.

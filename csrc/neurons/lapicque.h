@@ -28,13 +28,7 @@ template <class Scalar> struct Lapicque : Firing<Scalar, kAnyReset, false> {
     return s;
   }
 
-  SNN_HD static T distance(const Parameters& p, const Site<T>& s) { return s.u - p.threshold; }
-
   SNN_HD static void left(const Parameters&, const Site<T>& s, T* state) { state[0] = s.u; }
-
-  SNN_HD static T upstream(const Parameters& p, const Site<T>& s, const Cotangents<T, States>& g) {
-    return p.Fires::upstream(s, g.output, g.state[0]);
-  }
 
   SNN_HD static Gradients<T, States, Count> adjoint(const Parameters& p, const Site<T>& s, const T*,
                                                     const Cotangents<T, States>& g, T phi) {

@@ -31,15 +31,9 @@ template <class Scalar, bool Late, bool IsRecurrent> struct Synaptic : Firing<Sc
     return s;
   }
 
-  SNN_HD static T distance(const Parameters& p, const Site<T>& s) { return s.u - p.threshold; }
-
   SNN_HD static void left(const Parameters& p, const Site<T>& s, T* state) {
     state[0] = p.corrected(s.u, s.spike, s.reset);
     state[1] = s.trace[0];
-  }
-
-  SNN_HD static T upstream(const Parameters& p, const Site<T>& s, const Cotangents<T, States>& g) {
-    return p.Fires::upstream(s, g.output, g.state[0]);
   }
 
   SNN_HD static Gradients<T, States, Count> adjoint(const Parameters& p, const Site<T>& s, const T* before,

@@ -2,6 +2,7 @@
 #pragma once
 #include "../abi.h"
 #include "alpha.h"
+#include "delta_leaky.h"
 #include "iaf.h"
 #include "lapicque.h"
 #include "leaky.h"
@@ -32,6 +33,7 @@ template <class T, class Visit> auto visit_neuron(const SnnLayer& layer, Visit v
     case kRSynaptic: return visit(Tag<Synaptic<T, false, true>>());
     case kLapicque: return visit(Tag<Lapicque<T>>());
     case kAlpha: return visit(Tag<Alpha<T>>());
+    case kDeltaLeaky: return visit(Tag<DeltaLeaky<T>>());
     case kLif: return visit(Tag<Lif<T, false>>());
     case kLifRecurrent: return visit(Tag<Lif<T, true>>());
     case kLi: return visit(Tag<Li<T>>());

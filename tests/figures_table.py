@@ -1,0 +1,118 @@
+"""The figures of the README, from the committed files of a run of the benchmark.
+
+``python tests/figures_table.py`` writes them between the two marks in the README; a test sees to it that they are
+there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN = "benchmarks/results/2026-11-28-cpu"
+FILES = ("threads-1/bench.json", "threads-2/bench.json", "recurrent-1/bench.json")
+BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+ROWS = {
+    "snnTorch": "stock snnTorch",
+    "Norse sequence": "stock Norse, sequence (quadratic backward)",
+    "Norse cells, unbind": "stock Norse, cells over `unbind`",
+    "SpikingJelly multi-step": "SpikingJelly multi-step",
+    "fused, dense products": "time-fused, all products dense",
+    "sparse, exact (default)": "**the default** (outputs bit-identical, gradients exact)",
+    "cutoff 0.2": "`cutoff=0.2`",
+    "cutoff 0.2, sparse forward": '`cutoff=0.2, forward="sparse"`',
+}
+DEFAULT, FASTEST = "sparse, exact (default)", "cutoff 0.2, sparse forward"
+CURES = ("Norse cells, unbind",)  # no part of snnTorch's cases in the README
+
+
+def load(run: Path) -> list[dict[str, Any]]:
+    """The results of each file."""
+    return [json.loads((run / name).read_text()) for name in FILES]
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _ratio(value: float) -> str:
+    return f"x{value:.1f}" if value < 99.95 else f"x{value:.0f}"
+
+
+def detail(case: dict[str, Any]) -> list[str]:
+    """One case, variant by variant."""
+    rows = []
+    for variant in case["variants"]:
+        name = variant["name"]
+        if name not in ROWS or (name in CURES and case["library"] != "norse"):
+            continue
+        peak = variant["peak_rss_mib"]
+        rows.append([ROWS[name], f"{variant['forward_ms']:.0f}", f"{variant['backward_ms']:.0f}",
+                     _ratio(variant["speedup_step"]), _ratio(variant["speedup_backward"]),
+                     f"{variant['saved_mib']:.1f}", f"{peak:.0f}" if peak is not None else ""])
+    floor = case["gemm_floor_ms"]
+    rows.append(["the dense matrix products alone, `torch.mm`", f"{floor['forward']:.0f}", f"{floor['backward']:.0f}",
+                 "", "", "", ""])
+    name = case["name"].replace("snntorch", "snnTorch").replace("norse", "Norse").replace("=", " = ")
+    return _table([name, "forward ms", "backward ms", "step", "backward", "kept MiB", "peak MiB"], rows)
+
+
+def overview(cases: Sequence[dict[str, Any]]) -> list[str]:
+    """A row for each case."""
+    rows = []
+    for case in cases:
+        found = {variant["name"]: variant for variant in case["variants"]}
+        host, default, fastest = case["variants"][0], found[DEFAULT], found[FASTEST]
+        rows.append([case["name"], f"{host['step_ms']:.0f}", _ratio(default["speedup_step"]),
+                     _ratio(fastest["speedup_step"]), f"{default['step_per_floor']:.2f}",
+                     f"{fastest['step_per_floor']:.2f}"])
+    return _table(["case", "stock ms", "default", "cutoff, sparse forward", "default / products", "cutoff / products"],
+                  rows)
+
+
+def shares(case: dict[str, Any]) -> str:
+    """The mean share of active sites of a case's hidden layers."""
+    found = [layer["active_fraction"] for layer in case["hidden"]]
+    return f"{100 * sum(found) / len(found):.1f} %"
+
+
+def markdown(results: Sequence[dict[str, Any]], run: str) -> str:
+    """All of it."""
+    one, two, recurrent = results
+    e = one["environment"]
+    first = {case["library"]: case for case in reversed(one["cases"])}
+    versions = ", ".join(f"{name} {e[name].split('+')[0]}" for name in ("torch", "snntorch", "norse", "spikingjelly"))
+    pictures = ", ".join(f"[{name}]({run}/threads-1/{name})" for name in ("bench.png", "memory.png"))
+    lines = [
+        "One training step, forward and backward, medians of interleaved rounds in one process, one thread of an",
+        f"{e['cpu']} ({e['instruction_set']}), float32, {versions};",
+        "input spikes 2 %, hidden layers at 2 %, active sites (\\|U - threshold\\| < 0.2) "
+        f"{shares(first['snntorch'])} in snnTorch, {shares(first['norse'])} in Norse.",
+        '"Kept" are the bytes held for backward, weights and input excluded; "peak" is by how much a step raises the',
+        "resident memory.",
+        "", *detail(first["snntorch"]), "", *detail(first["norse"]), "",
+        "Whole step, stock library = 1 (Norse: its sequence form, whose backward is quadratic in T where the input",
+        "of a layer needs a gradient), and as a share of the bare dense matrix products of the step:",
+        "", *overview([*one["cases"], *recurrent["cases"]]), "",
+        "The same with two threads:",
+        "", *overview(two["cases"]), "",
+        "Commands: `python -m snn_sparse_backend bench --threads 1`, `--threads 2`, and `--preset recurrent` for",
+        f"the layers marked r. Files: {', '.join(f'[{name}]({run}/{name})' for name in FILES)},",
+        f"{pictures}.",
+    ]
+    return "\n".join(lines)
+
+
+def replaced(readme: str, figures: str) -> str:
+    """The README with these figures in it."""
+    begin, end = readme.index(BEGIN) + len(BEGIN), readme.index(END)
+    return f"{readme[:begin]}\n{figures}\n{readme[end:]}"
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(replaced(path.read_text(), markdown(load(ROOT / RUN), RUN)))

@@ -1,0 +1,27 @@
+"""The figures of the README are those of the committed files."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+from figures_table import BEGIN, DEFAULT, END, ROOT, RUN, load, markdown, replaced
+
+
+def test_the_readme_has_the_figures_of_the_files() -> None:
+    readme = (ROOT / "README.md").read_text()
+    expected = replaced(readme, markdown(load(ROOT / RUN), RUN))
+    assert readme == expected, "python tests/figures_table.py brings it up to date"
+
+
+def test_another_figure_is_seen() -> None:
+    results = load(ROOT / RUN)
+    changed = copy.deepcopy(results)
+    next(v for v in changed[0]["cases"][1]["variants"] if v["name"] == DEFAULT)["speedup_step"] += 0.2
+    assert markdown(changed, RUN) != markdown(results, RUN)
+
+
+def test_what_stands_around_the_figures_stays() -> None:
+    assert replaced(f"a\n{BEGIN}\nold\n{END}\nb", "new") == f"a\n{BEGIN}\nnew\n{END}\nb"
+    with pytest.raises(ValueError, match="not found"):
+        replaced("no marks", "new")
