@@ -30,8 +30,8 @@ LAYERS: dict[type, Callable[..., Any]] = {
     snn.RLeaky: partial(snn.RLeaky, 0.8, linear_features=NEURONS, **_BETA),
     snn.RSynaptic: partial(snn.RSynaptic, 0.7, 0.8, linear_features=NEURONS, **_SYNAPTIC),
 }
-if hasattr(snn, "DeltaLeaky"):  # not in snnTorch 0.9
-    LAYERS[snn.DeltaLeaky] = partial(snn.DeltaLeaky, 0.2, beta=0.8, learn_beta=True)
+if hasattr(snn, "DeltaLeaky"):
+    LAYERS[snn.DeltaLeaky] = partial(snn.DeltaLeaky, 0.3, beta=0.8, learn_beta=True)
 _RECURRENCES: dict[type, tuple[Callable[..., Any], ...]] = {
     host: (partial(make, all_to_all=False, V=0.7), partial(make, conv2d_channels=1, kernel_size=3))
     for host, make in ((snn.RLeaky, partial(snn.RLeaky, 0.8, **_BETA)),
@@ -49,7 +49,7 @@ def trials(kind: Kind, host: type, forward: Callable[..., Any], spike_grad: Any)
         spike_grad: the surrogate to try it with.
     """
     delays: tuple[dict[str, Any], ...] = ({}, {"reset_delay": False}) if host in _EARLY_RESETS else ({},)
-    for reset in ("subtract", "zero", "none") if kind.methods else ("none",):
+    for reset in ("subtract", "zero", "none"):
         for delay in delays:
             options = {"reset_mechanism": reset, "spike_grad": spike_grad, **delay}
             yield partial(_play, kind, partial(LAYERS[host], **options), forward)
@@ -74,16 +74,17 @@ def _play(kind: Kind, make: Callable[[], Any], forward: Callable[..., Any], fuse
     leaves = {"input": x, **first, **dict(layer.named_parameters()),
               **{f"Linear's {name}": parameter for name, parameter in linear.named_parameters()}}
     outputs: dict[str, Tensor] = {}
-    states: tuple[Any, ...] = tuple(first.values())
-    if kind.attributes:  # DeltaLeaky takes and returns a pair: the membrane and the one before
-        states = ((*states, torch.zeros(())),)
-    loss = torch.zeros((), dtype=torch.float64)
+    states, loss = tuple(first.values()), torch.zeros((), dtype=torch.float64)
     with float64_spikes():
         for t, frame in enumerate(x):
             current = multiply(linear, frame)
-            given = step(layer, current if shape == (NEURONS,) else current.view(BATCH, *shape), *states)
+            if isinstance(layer, getattr(snn, "DeltaLeaky", ())):  # its states come in a pair
+                spk, (mem, _) = step(layer, current, (*states, None))
+                given = spk, mem
+            else:
+                given = step(layer, current if shape == (NEURONS,) else current.view(BATCH, *shape), *states)
             states = given if kind.recurrent else given[1:]
-            named = {"spk": given[0], **dict(zip(kind.states, states[0] if kind.attributes else states, strict=False))}
+            named = {"spk": given[0], **dict(zip(kind.states, states, strict=True))}
             outputs |= {f"{name} of step {t}": value.detach() for name, value in named.items()}
             loss = loss + sum((value * (draw(value.shape) - 0.5)).sum() for value in named.values())
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)

@@ -15,7 +15,7 @@ from snn_sparse_backend import crossovers, native
 OF_THE_CPU = ("test_kernels", "test_sanitizers", "test_abi", "test_build", "test_packaging", "test_demo_bench",
               "test_bench", "test_gpu_check", "test_lanes", "test_workspace", "test_convolution_kernels",
               "test_summation", "test_tune", "test_deferred", "test_cuda_", "node/", "test_norse_own_suite",
-              "test_probe", "test_trials", "test_compat_matrix", "test_figures")
+              "test_figures", "test_probe", "test_trials", "test_compat_matrix")
 WITH_ANY_CUDA = ("test_cuda_device",)
 
 

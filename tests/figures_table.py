@@ -26,7 +26,6 @@ ROWS = {
     "cutoff 0.2, sparse forward": '`cutoff=0.2, forward="sparse"`',
 }
 DEFAULT, FASTEST = "sparse, exact (default)", "cutoff 0.2, sparse forward"
-CURES = ("Norse cells, unbind",)  # no part of snnTorch's cases in the README
 
 
 def load(run: Path) -> list[dict[str, Any]]:
@@ -48,7 +47,7 @@ def detail(case: dict[str, Any]) -> list[str]:
     rows = []
     for variant in case["variants"]:
         name = variant["name"]
-        if name not in ROWS or (name in CURES and case["library"] != "norse"):
+        if name not in ROWS or (name.startswith("Norse") and case["library"] != "norse"):
             continue
         peak = variant["peak_rss_mib"]
         rows.append([ROWS[name], f"{variant['forward_ms']:.0f}", f"{variant['backward_ms']:.0f}",

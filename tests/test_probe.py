@@ -66,15 +66,18 @@ def run_snntorch(host: type) -> tuple[list[Tensor], list[str]]:
     layer = snntorch_trials.LAYERS[host]()
     x = (2 * torch.rand(5, 3, snntorch_trials.NEURONS)).requires_grad_()
     outputs: list[Tensor] = []
-    together = bool(KINDS[host].attributes)  # DeltaLeaky's states come as a pair
-    states: tuple[Any, ...] = ((None, None),) if together else ()
+    states: tuple[Any, ...] = ()
     sparse.reset_counts()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for frame in x:
-            given = layer(frame, *states)
-            states = given if KINDS[host].recurrent else given[1:]
-            outputs += (given[0], given[1][0]) if together else given
+            if host.__name__ == "DeltaLeaky":  # its states come in a pair
+                spk, pair = layer(frame, *states or [(None, None)])
+                given, states = (spk, pair[0]), (pair,)
+            else:
+                given = layer(frame, *states)
+                states = given if KINDS[host].recurrent else given[1:]
+            outputs += given
     loss = sum((value * torch.randn_like(value)).sum() for value in outputs)
     gradients = torch.autograd.grad(loss, [x, *layer.parameters()])
     return [*(o.detach() for o in outputs), *gradients], messages(caught)
@@ -111,14 +114,20 @@ def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def other_membrane(host: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A snnTorch whose class computes something else, and has always done so."""
-    original = host.forward  # type: ignore[attr-defined]
+    """A snnTorch whose state update is another one, and has always been."""
+    if host.__name__ == "DeltaLeaky":  # whose update is all of its step
+        forward = KINDS[host].host
+        step = types.FunctionType(forward.__code__, forward.__globals__, forward.__name__, forward.__defaults__)
+        replace_body(forward, lambda self, input_, mem: step(self, 1.01 * input_, mem), monkeypatch)
+        return
+    original = host._base_state_function  # type: ignore[attr-defined]
 
-    def forward(self: Any, x: Tensor, *states: Any) -> Any:
-        return original(self, 1.01 * x, *states)
+    def update(self: Any, *args: Any) -> Any:
+        done = original(self, *args)
+        return tuple(1.01 * each for each in done) if isinstance(done, tuple) else 1.01 * done
 
-    monkeypatch.setattr(host, "forward", forward)
-    monkeypatch.setitem(vars(KINDS[host]), "host", forward)
+    monkeypatch.setattr(host, "_base_state_function", update)
+    monkeypatch.setitem(KINDS[host].methods, "_base_state_function", update)
 
 
 def other_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,9 +140,14 @@ def other_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         state = state._replace(v=1.01 * state.v)
         return (state.v if name.startswith("LI") and not name.startswith("LIF") else output), state
 
-    monkeypatch.setitem(step.__globals__, "_changed", changed)
-    monkeypatch.setattr(step, "__defaults__", None)
-    monkeypatch.setattr(step, "__code__", (lambda *args, **options: _changed(*args, **options)).__code__)  # type: ignore[name-defined]  # noqa: F821
+    replace_body(step, changed, monkeypatch)
+
+
+def replace_body(function: Any, changed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a function do something else, whoever has it."""
+    monkeypatch.setitem(function.__globals__, "_changed", changed)
+    monkeypatch.setattr(function, "__defaults__", None)
+    monkeypatch.setattr(function, "__code__", (lambda *args, **options: _changed(*args, **options)).__code__)  # type: ignore[name-defined]  # noqa: F821
 
 
 # ---------------------------------------------------------------------------------------------------- snnTorch
