@@ -13,24 +13,33 @@ from snn_sparse_backend.toolchain import BuildError, find_nvcc
 TABLE = Path(__file__).parent.parent / "docs" / "kernel-resources.md"
 # Kernels held to 64 registers (two blocks of 512 threads a multiprocessor) or 40, for which these few bytes do not fit.
 SPILLING = {
-    Kernel("neuron_backward", "backward_kernel<Iaf<float>, false>"): 4,
-    Kernel("neuron_backward", "backward_kernel<Lif<double, false>, false>"): 16,
-    Kernel("neuron_backward", "backward_kernel<Lif<float, false>, true>"): 4,
-    Kernel("neuron_backward", "backward_kernel<Lif<float, true>, false>"): 4,
-    Kernel("neuron_backward", "backward_kernel<Lif<float, true>, true>"): 4,
-    Kernel("neuron_backward", "backward_kernel<Lsnn<float, false>, true>"): 20,
-    Kernel("neuron_backward", "backward_kernel<RLeaky<double, true>, false>"): 8,
-    Kernel("neuron_backward", "backward_kernel<RLeaky<float, true>, false>"): 4,
-    Kernel("neuron_backward", "backward_kernel<Synaptic<double, false, false>, false>"): 16,
-    Kernel("neuron_backward", "backward_kernel<Synaptic<double, false, true>, false>"): 16,
-    Kernel("neuron_backward", "backward_kernel<Synaptic<double, true, false>, false>"): 22,
-    Kernel("neuron_backward", "backward_kernel<Synaptic<float, false, false>, false>"): 4,
-    Kernel("neuron_backward", "backward_kernel<Synaptic<float, false, false>, true>"): 4,
-    Kernel("neuron_backward", "backward_kernel<Synaptic<float, true, false>, false>"): 12,
-    Kernel("neuron_backward", "backward_kernel<Synaptic<float, true, false>, true>"): 12,
+    Kernel("neuron_backward", "backward_kernel<Iaf<float>, false, false>"): 4,
+    Kernel("neuron_backward", "backward_kernel<Lif<double, false>, false, false>"): 16,
+    Kernel("neuron_backward", "backward_kernel<Lif<float, false>, true, false>"): 4,
+    Kernel("neuron_backward", "backward_kernel<Lif<float, true>, false, false>"): 4,
+    Kernel("neuron_backward", "backward_kernel<Lif<float, true>, true, false>"): 4,
+    Kernel("neuron_backward", "backward_kernel<Lsnn<float, false>, true, false>"): 20,
+    Kernel("neuron_backward", "backward_kernel<RLeaky<double, true>, false, false>"): 8,
+    Kernel("neuron_backward", "backward_kernel<RLeaky<float, true>, false, false>"): 4,
+    Kernel("neuron_backward", "backward_kernel<Synaptic<double, false, false>, false, false>"): 16,
+    Kernel("neuron_backward", "backward_kernel<Synaptic<double, false, true>, false, false>"): 16,
+    Kernel("neuron_backward", "backward_kernel<Synaptic<double, true, false>, false, false>"): 22,
+    Kernel("neuron_backward", "backward_kernel<Synaptic<float, false, false>, false, false>"): 4,
+    Kernel("neuron_backward", "backward_kernel<Synaptic<float, false, false>, true, false>"): 4,
+    Kernel("neuron_backward", "backward_kernel<Synaptic<float, true, false>, false, false>"): 12,
+    Kernel("neuron_backward", "backward_kernel<Synaptic<float, true, false>, true, false>"): 12,
     Kernel("neuron_forward", "forward_kernel<Lsnn<double, true>, 32>"): 8,
     Kernel("synapse_input", "input_gradient_kernel<Columns<double, 2>>"): 4,
 }
+
+
+SPILLING_GIVEN = 32  # backward scans with derivatives that Python evaluated: nobody is held up by these
+
+
+def allowed(kernel: Kernel) -> int:
+    """Bytes that a thread of a kernel may spill."""
+    given = kernel.source == "neuron_backward" and kernel.name.endswith(", true, true>")
+    return SPILLING_GIVEN if given else SPILLING.get(kernel, 0)
 
 
 def nvcc_or_skip() -> str:
@@ -55,9 +64,9 @@ def test_all_kernels_compile_without_warnings(report: dict[Kernel, dict[str, Res
 
 def test_only_these_kernels_spill(report: dict[Kernel, dict[str, Resources]]) -> None:
     spilled = {kernel: max(r.spill_stores for r in row.values()) for kernel, row in report.items()}
-    assert all(number <= SPILLING.get(kernel, 0) for kernel, number in spilled.items()), spilled
+    assert all(number <= allowed(kernel) for kernel, number in spilled.items()), spilled
     # An array that is not in registers would be on the stack.
-    assert {kernel for kernel, row in report.items() if any(r.stack for r in row.values())} <= set(SPILLING)
+    assert all(allowed(kernel) for kernel, row in report.items() if any(r.stack for r in row.values()))
 
 
 def test_a_warning_is_an_error(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_what_is_no_surrogate_is_refused(spike_grad: Any, options: dict[str, Any
     ((None,), "spike_grad: expected a function"),
     ((nn.ReLU(),), "spike_grad: expected a function of a tensor, got ReLU"),
     ((surrogate.atan(), 3), "derivative: expected a function"),
-], ids=str)
+], ids=["str", "None", "module", "number"])
 def test_what_is_no_function_is_refused(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         sparse.register_surrogate(*arguments)

@@ -33,7 +33,9 @@ template <class T> struct Loaded {
   bool active, spike, reset;  // active: the surrogate derivative has to be evaluated
 };
 
-template <class N, bool Learn> class Scan {
+// Learn: gradients of parameters are wanted. Given: derivatives come in a table, which costs registers; such a scan
+// learns, too, as far as it has where to put it.
+template <class N, bool Learn, bool Given> class Scan {
   using T = typename N::T;
   // What else a step reads, because its adjoint or that of the step behind it asks for it.
   static constexpr bool kBefore = Learn || N::AdjointUsesBefore, kTraces = Learn || N::AdjointUsesTraces;
@@ -125,7 +127,7 @@ template <class N, bool Learn> class Scan {
     T phi = T(0);
     if (at.active) {
       const SnnSurrogate& s = a_.layer.surrogate;
-      const T x = a_.step[step].derivative ? given(a_.step[step]) : N::distance(p_, site);
+      const T x = Given ? given(a_.step[step]) : N::distance(p_, site);
       const T upstream = N::upstream(p_, site, g);
       if (inside(x, bound<T>(s.low), bound<T>(s.high)))
         visit_surrogate<T>(s, [&](auto derivative) { phi = derivative(x, upstream); });
@@ -141,7 +143,7 @@ template <class N, bool Learn> class Scan {
     for (int p = 0; Learn && p < N::Count; p++) sums[p] += r.parameters[p];
   }
 
-  // The derivative at this site, where the formula is not one of ours: loaded at its use, as it is the rare case.
+  // The derivative at this site, where the formula is not one of ours.
   __device__ T given(const Step& step) const {
     return load<T>(step.derivative,
                    step.membrane ? offset_ : step.offsets[blockIdx.x] + rank_in_block(step.active, site_));
@@ -171,9 +173,9 @@ template <class N, bool Learn> class Scan {
   const typename N::Parameters p_;
 };
 
-template <class N, bool Learn>
+template <class N, bool Learn, bool Given>
 __global__ void __launch_bounds__(kSitesPerBlock) backward_kernel(const __grid_constant__ Arguments a) {
-  Scan<N, Learn>(a).run();
+  Scan<N, Learn, Given>(a).run();
 }
 
 Step step_of(const SnnNeuronBackward& a, int64_t step) {
@@ -211,7 +213,9 @@ template <class N> cudaError_t run(const SnnNeuronBackward& a, cudaStream_t stre
     for (int p = 0; p < N::Count; p++) chunk.grad_parameters[p] = a.grad_parameters[p];
     if (last == a.steps) chunk.grad_recurrent = a.grad_recurrent;
     for (int64_t k = first || a.earlier ? 0 : 1; k <= chunk.steps; k++) chunk.step[k] = step_of(a, first + k - 1);
-    const auto kernel = learn ? backward_kernel<N, true> : backward_kernel<N, false>;
+    const auto kernel = a.derivative ? backward_kernel<N, true, true>
+                        : learn      ? backward_kernel<N, true, false>
+                                     : backward_kernel<N, false, false>;
     const cudaError_t error = launch(kernel, blocks, 1, kSitesPerBlock, 0, stream, chunk);
     if (error != cudaSuccess) return error;
   }
