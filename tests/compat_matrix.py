@@ -105,7 +105,7 @@ def series(requirement: str) -> str:
 def every() -> list[Combination]:
     """All combinations of supported versions."""
     known = versions().KNOWN
-    torches = [series(pattern) for pattern in known["torch"]]
+    torches = map(series, known["torch"])
     return [Combination(*each) for each in product(versions().PYTHONS, torches, known["snntorch"], known["norse"])]
 
 
@@ -235,10 +235,11 @@ def counted(report: str) -> dict[str, int]:
 
 
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:
-    known, torch = versions().KNOWN, series(pins()["torch"])
+    known, pythons, torch = versions().KNOWN, list(versions().PYTHONS), series(pins()["torch"])
+    torches = list(map(series, known["torch"]))
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--python", nargs="+", default=list(versions().PYTHONS), metavar="X.Y", help="default: all")
-    parser.add_argument("--torch", nargs="+", default=[torch], metavar="X.Y",
+    parser.add_argument("--python", nargs="+", default=pythons, choices=pythons)
+    parser.add_argument("--torch", nargs="+", default=[torch], choices=torches,
                         help=f"default: {torch}, which is pinned; others may be downloads of gigabytes")
     parser.add_argument("--snntorch", nargs="+", default=list(known["snntorch"]), choices=known["snntorch"])
     parser.add_argument("--norse", nargs="+", default=list(known["norse"]), choices=known["norse"])

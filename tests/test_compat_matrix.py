@@ -200,7 +200,8 @@ def test_interpreters_are_those_that_run(tmp_path: Path, monkeypatch: pytest.Mon
     assert matrix.interpreter("3.91") is None and matrix.interpreter("3.92") is None
 
 
-@pytest.mark.parametrize("given", [("--norse", "7"), ("--snntorch",), ("--what",)])
+@pytest.mark.parametrize("given", [("--norse", "7"), ("--torch", "9.9"), ("--python", "2.7"), ("--snntorch",),
+                                   ("--what",)])
 def test_wrong_options(given: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit) as caught:
         matrix.main(list(given))
