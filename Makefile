@@ -19,7 +19,7 @@ PEERS_STAMP := $(STAMP)-peers
 LAYOUT := build/layout/snn_sparse_backend
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench bench-compare gpu-check lint build clean
+.PHONY: help install demo test bench bench-compare gpu-check compat lint build clean
 
 help: ## show this
 	@echo 'usage: make TARGET [VARIABLE=value]'
@@ -75,6 +75,9 @@ bench-compare: $(STAMP) ## compare the ratios of OLD=old.json and NEW=new.json
 GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON))
 gpu-check: $(if $(filter file,$(origin PYTHON)),$(STAMP)) ## on a GPU: compile, test, measure; ARGS go to the script
 	$(GPU_PYTHON) tests/gpu_check.py --out $(OUT) $(ARGS)
+
+compat: ## the equivalence tests with other versions, in fresh environments: docs/versions.md; ARGS go to the script
+	$(PYTHON) tests/compat_matrix.py $(ARGS)
 
 # The second run may have nothing to do with the tests that were chosen: pytest's 5.
 test: build ## install, compile, run all tests, also on the CUDA kernels, then lint; ARGS go to pytest

@@ -256,6 +256,7 @@ def test_a_copy_works() -> None:
         assert torch.equal(layer(x)[0], twin(x)[0]) and isinstance(twin, stock.LIFRecurrent)
 
 
+@needs("LIFRecurrent")
 @pytest.mark.skipif(cuda_kernels(), reason="arenas have room for what was not heard of yet")
 def test_spikes_are_kept_as_bits() -> None:
     layer, x = swapped.LIFRecurrent(20, 64), (torch.rand(40, 16, 20) < 0.2).float()
