@@ -33,14 +33,14 @@ template <class Scalar> struct DeltaLeaky {
 
   SNN_HD static T distance(const Parameters& p, const Site<T>& s) { return sign(s.u) * s.u - p.threshold; }
 
-  SNN_HD static void left(const Parameters& p, const Site<T>& s, T* state) { state[0] = s.trace[0]; }
+  SNN_HD static void left(const Parameters&, const Site<T>& s, T* state) { state[0] = s.trace[0]; }
 
   // Of the movement's size; its sign makes that of the movement of it.
-  SNN_HD static T upstream(const Parameters& p, const Site<T>& s, const Cotangents<T, States>& g) {
+  SNN_HD static T upstream(const Parameters&, const Site<T>& s, const Cotangents<T, States>& g) {
     return g.output * sign(s.u);
   }
 
-  SNN_HD static Gradients<T, States, Count> adjoint(const Parameters& p, const Site<T>& s, const T* before,
+  SNN_HD static Gradients<T, States, Count> adjoint(const Parameters& p, const Site<T>&, const T* before,
                                                     const Cotangents<T, States>& g, T phi) {
     Gradients<T, States, Count> r;
     T moved = g.state[0] + phi;
