@@ -37,7 +37,7 @@ from .norse_neurons import KINDS, Kind, host_class
 from .norse_plans import plan_of
 from .norse_recurrence import input_current, problem_of
 from .norse_trials import trials
-from .support import Bystanders
+from .support import Bystanders, OwnForward
 
 LIBRARY = "norse"
 probe = Probe(LIBRARY)
@@ -58,23 +58,13 @@ def _sequence_forward(self: Any, input_tensor: torch.Tensor, state: Any = None) 
 
 
 def _cell_forward(self: Any, input_tensor: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
-    """One time step ``[B, ...]`` -> output and state of the same shape."""
+    """One time step ``[B, ...]`` -> output and state of the same shape; of a layer with weights, ``[B, inputs]``."""
     return _forward(self, _stock_forward, input_tensor, state, sequence=False)
 
 
 def _recurrent_sequence_forward(self: Any, input_tensor: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
     """Sequence ``[T, B, inputs]`` -> spikes ``[T, B, N]`` and the last state."""
     return _forward(self, _stock_forward, input_tensor, state, sequence=True)
-
-
-def _recurrent_cell_forward(self: Any, input_tensor: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
-    """One time step ``[B, inputs]`` -> spikes ``[B, N]`` and state."""
-    return _forward(self, _stock_forward, input_tensor, state, sequence=False)
-
-
-def _linear_cell_forward(self: Any, input_tensor: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
-    """One time step ``[B, inputs]`` -> membrane ``[B, N]`` and state."""
-    return _forward(self, _stock_forward, input_tensor, state, sequence=False)
 
 
 def _stock_sequence(self: Any, x: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
@@ -227,7 +217,7 @@ class LICell(stock.LICell):
 class LILinearCell(stock.LILinearCell):
     """Norse's ``LILinearCell``: one time step ``[B, inputs]`` of leaky integrators with a weight of their own."""
 
-    forward = _linear_cell_forward
+    forward = _cell_forward
 
 
 class LIFBoxCell(stock.LIFBoxCell):
@@ -257,7 +247,7 @@ class LIFRecurrent(stock.LIFRecurrent):
 class LIFRecurrentCell(stock.LIFRecurrentCell):
     """Norse's ``LIFRecurrentCell``: one time step ``[B, inputs]`` of recurrent leaky integrate-and-fire neurons."""
 
-    forward = _recurrent_cell_forward
+    forward = _cell_forward
 
 
 class LSNNRecurrent(stock.LSNNRecurrent):
@@ -269,7 +259,7 @@ class LSNNRecurrent(stock.LSNNRecurrent):
 class LSNNRecurrentCell(stock.LSNNRecurrentCell):
     """Norse's ``LSNNRecurrentCell``: one time step ``[B, inputs]`` of recurrent neurons with an adaptive threshold."""
 
-    forward = _recurrent_cell_forward
+    forward = _cell_forward
 
 
 _SWAPPED: dict[type, type] = {cls.__bases__[0]: cls for cls in (
@@ -288,7 +278,7 @@ def _swap_in(name: str) -> None:
 
 def _forward_of(host: type) -> Any:
     forwards = {SNN: _sequence_forward, SNNCell: _cell_forward, SNNRecurrent: _recurrent_sequence_forward,
-                SNNRecurrentCell: _recurrent_cell_forward, stock.LILinearCell: _linear_cell_forward}
+                SNNRecurrentCell: _cell_forward, stock.LILinearCell: _cell_forward}
     return next(forward for base, forward in forwards.items() if issubclass(host, base))
 
 
@@ -299,8 +289,7 @@ __all__ = sorted(cls.__name__ for cls in _SWAPPED.values())
 _CLASSES = tuple(_SWAPPED.values())
 _KINDS: dict[type, Kind] = {**KINDS, **{swapped: KINDS[host] for host, swapped in _SWAPPED.items()}}
 
-_OWN = {host: vars(host)["forward"] for host in _SWAPPED if "forward" in vars(host)}
-
+_forwards = {host: OwnForward(host) for host in _SWAPPED}
 _bystanders = Bystanders(LIBRARY, host_class, options_of)
 _models: weakref.WeakSet[Any] = weakref.WeakSet()  # layers of models that are enabled on their own
 
@@ -308,13 +297,8 @@ _models: weakref.WeakSet[Any] = weakref.WeakSet()  # layers of models that are e
 def _refresh() -> None:
     """Patches Norse's own classes if the library or some model is enabled, else restores them."""
     wanted = LIBRARY in config.libraries or len(_models) > 0
-    for host in _SWAPPED:
-        if wanted:
-            host.forward = _forward_of(host)  # type: ignore[attr-defined]
-        elif host in _OWN:
-            host.forward = _OWN[host]  # type: ignore[attr-defined]
-        elif "forward" in vars(host):
-            del host.forward  # type: ignore[attr-defined]  # inherited from SNN or SNNCell again
+    for host, own in _forwards.items():
+        own.replace(_forward_of(host) if wanted else None)
     _bystanders.watch(LIBRARY in config.libraries)
     synapses.switch(LIBRARY, wanted)
 

@@ -25,7 +25,7 @@ from ..lanes import steps as lane_steps
 from ..native import DTYPES
 from ..neuron_tape import run_neuron
 from ..recorder import Plan
-from ..registered import Registrations
+from ..registered import registered
 from ..reports import densities_of
 from . import snntorch_recurrence as recurrence
 from . import synapses
@@ -207,14 +207,15 @@ def _plan_of(kind: Kind, module: Any, options: Options, x: Tensor) -> tuple[Plan
     if any(tensor is None for tensor in tensors.values()):
         return None, "one of its parameters is not an ordinary parameter or buffer"
     spike_grad, update = own.get("spike_grad"), own["state_function"]
+    users = registered(spike_grad)
     key = (
         id(options), x.dtype, x.shape, x.device, id(spike_grad), constants(spike_grad),
         getattr(update, "__func__", None), getattr(update, "__self__", None) is module,
         own["reset_delay"] if kind.delays else None, own["inhibition"], bool(own["state_quant"]), settings,
-        Registrations.count, *(own.get(name) for name in kind.attributes),
+        id(users), *(own.get(name) for name in kind.attributes),
         *((id(t), t._version, t.requires_grad) for t in tensors.values()),
     )
-    alive = (options, spike_grad, *tensors.values())
+    alive = (options, spike_grad, users, *tensors.values())
     return _plans.find(module, key, alive, lambda: _new_plan(kind, module, options, x, tensors))
 
 

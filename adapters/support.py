@@ -94,6 +94,24 @@ def reporting(host: Callable[..., Any], reason: str, options_of: Callable[[Any],
     return forward
 
 
+class OwnForward:
+    """The ``forward`` that a class has as it is imported, its own or one that it inherits.
+
+    Args:
+        host: the class.
+    """
+
+    def __init__(self, host: Any) -> None:
+        self._host, self._own = host, vars(host).get("forward")
+
+    def replace(self, forward: Callable[..., Any] | None) -> None:
+        """Puts another in its place; None: it is as it was."""
+        if forward is not None or self._own is not None:
+            self._host.forward = forward or self._own
+        elif "forward" in vars(self._host):
+            del self._host.forward  # it inherits it again
+
+
 class Bystanders:
     """The classes of a library that the backend leaves alone, but for a warning while it is on.
 
@@ -106,18 +124,13 @@ class Bystanders:
     def __init__(self, library: str, classes: Callable[[str], Any], options_of: Callable[[Any], Any]) -> None:
         found = {name: classes(name) for name in reasons(library)}
         self.reasons = {host: reasons(library)[name] for name, host in found.items() if host is not None}
-        self._own = {host: vars(host).get("forward") for host in self.reasons}
+        self._own = {host: OwnForward(host) for host in self.reasons}
         self._wrapped = {host: reporting(host.forward, reason, options_of) for host, reason in self.reasons.items()}
 
     def watch(self, on: bool) -> None:
         """Lets them warn, or be as they were."""
         for host, own in self._own.items():
-            if on:
-                host.forward = self._wrapped[host]
-            elif own is not None:
-                host.forward = own
-            elif "forward" in vars(host):
-                del host.forward
+            own.replace(self._wrapped[host] if on else None)
 
     def within(self, modules: Iterable[Any]) -> list[tuple[Any, str]]:
         """Those among some modules, and why they are left alone."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,8 +18,12 @@ class Recurrence:
     Args:
         weight: as autograd knows it; ``[N, N]``.
         bias: ``[N]`` or None.
+
+    Attributes:
+        dense: each neuron drives every other: only then it pays to walk the events.
     """
 
+    dense: ClassVar[bool] = True
     weight: Tensor
     bias: Tensor | None = None
 
@@ -26,11 +31,6 @@ class Recurrence:
     def parameters(self) -> tuple[Tensor, ...]:
         """Weight and bias, if there is one."""
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
-
-    @property
-    def dense(self) -> bool:
-        """Whether each neuron drives every other: only then it pays to walk the events."""
-        return True
 
     def current(self, spikes: Tensor) -> Tensor:
         """What spikes drive the next step with, in the host's own operation."""
@@ -50,9 +50,7 @@ class Recurrence:
 class OneToOne(Recurrence):
     """From each neuron to itself: ``spikes * weight``, the weight broadcast over ``[B, ...]``."""
 
-    @property
-    def dense(self) -> bool:
-        return False
+    dense = False
 
     def current(self, spikes: Tensor) -> Tensor:
         return spikes * self.weight
@@ -72,14 +70,11 @@ class ConvRecurrence(Recurrence):
         stride, padding, dilation, groups: of the ``nn.Conv2d``.
     """
 
+    dense = False
     stride: tuple[int, ...] = (1, 1)
     padding: tuple[int, ...] = (0, 0)
     dilation: tuple[int, ...] = (1, 1)
     groups: int = 1
-
-    @property
-    def dense(self) -> bool:
-        return False
 
     def current(self, spikes: Tensor) -> Tensor:
         return F.conv2d(spikes, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)

@@ -15,12 +15,6 @@ _SPREAD = 1e-9  # relative; a formula written twice differs by rounding
 _registered: dict[Any, Surrogate] = {}
 
 
-class Registrations:
-    """How many there have been, so that what was decided before is decided anew."""
-
-    count = 0
-
-
 def register_surrogate(spike_grad: Callable[[Tensor], Tensor], derivative: Callable[[Tensor], Tensor] | None = None, *,
                        low: float = -math.inf, high: float = math.inf) -> None:
     """Lets snnTorch layers with this ``spike_grad`` run on the kernels.
@@ -61,7 +55,6 @@ def register_surrogate(spike_grad: Callable[[Tensor], Tensor], derivative: Calla
     _try_out(spike_grad, derivative, low, high)
     given = derivative if derivative is not None else own_derivative(spike_grad)
     _registered[spike_grad] = Surrogate("Given", low=low, high=high, given=given)
-    Registrations.count += 1
 
 
 def registered(spike_grad: Any) -> Surrogate | None:
