@@ -13,12 +13,12 @@ enum SnnModel : int32_t {
 };
 enum SnnReset : int32_t { kSubtract, kZero, kNone, kValue };  // kValue: to a reset potential
 
-constexpr int kMaxStates = 3, kMaxTraces = 2, kMaxParameters = 7;
+constexpr int kMaxStates = 3, kMaxTraces = 3, kMaxParameters = 9;
 constexpr int kTile = 64;  // columns of a tile: one raster word
 constexpr int kOutOfMemory = -2;  // what any kernel returns when it cannot allocate its working memory
 constexpr int kCudaError = -1000;  // a CUDA kernel returns kCudaError - cudaError_t when something failed
 constexpr int kSitesPerBlock = 512;  // CUDA: threads of a block of a scan, one a site
-constexpr int kStepsPerLaunch = 32;  // CUDA: steps whose tables fit into the arguments of one launch
+constexpr int kStepsPerLaunch = 28;  // CUDA: steps whose tables fit into the arguments of one launch
 constexpr int kRowsPerStage = 128;   // CUDA: rows of gradients that a block holds in shared memory
 constexpr int kInputsPerBlock = 128; // CUDA: inputs whose weight gradients a block sums
 constexpr int kReportBits = 40;      // CUDA: bits of a count in a report, below its tag

@@ -49,7 +49,8 @@ from snn_sparse_backend.surrogate import Surrogate
 CPU = torch.device("cpu")
 SIZES = st.one_of(st.sampled_from([1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200]), st.integers(1, 200))
 ROWS = st.one_of(st.sampled_from([1, 2, 127, 128, 129, 300]), st.integers(1, 300))
-STEPS = st.sampled_from([1, 2, 3, 4, 5, 31, 32, 33, 63, 64, 65])  # of one launch kStepsPerLaunch = 32
+LAUNCH = CONSTANTS["kStepsPerLaunch"]
+STEPS = st.sampled_from([1, 2, 3, 4, 5, LAUNCH - 1, LAUNCH, LAUNCH + 1, 2 * LAUNCH - 1, 2 * LAUNCH, 2 * LAUNCH + 1])
 DENSITIES = st.one_of(st.sampled_from([0.0, 0.02, 0.3, 1.0]), st.floats(0, 1))
 SEEDS = st.integers(0, 2**31)
 SCHEDULES = st.sampled_from(["", "1", "2", "3"])
