@@ -282,7 +282,8 @@ def _forward_of(host: type) -> Any:
     return next(forward for base, forward in forwards.items() if issubclass(host, base))
 
 
-for _name in ("IAF", "IAFCell", "LIBoxCell", "LIFBox", "LIBox"):
+for _name in ("IAF", "IAFCell", "LIBoxCell", "LIFBox", "LIBox", "LIFEx", "LIFExCell", "LIFExRecurrent",
+              "LIFExRecurrentCell", "LIFAdEx", "LIFAdExCell", "LIFAdExRecurrent", "LIFAdExRecurrentCell"):
     _swap_in(_name)
 
 __all__ = sorted(cls.__name__ for cls in _SWAPPED.values())

@@ -10,7 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dynamics import IAF, LI, LI_BOX, LIF, LIF_RECURRENT, LSNN, LSNN_RECURRENT, Dynamics, lif_box
+from ..dynamics import (
+    IAF,
+    LI,
+    LI_BOX,
+    LIF,
+    LIF_ADEX,
+    LIF_ADEX_RECURRENT,
+    LIF_EX,
+    LIF_EX_RECURRENT,
+    LIF_RECURRENT,
+    LSNN,
+    LSNN_RECURRENT,
+    Dynamics,
+    lif_box,
+)
+from ..stepped import Precompute
 
 
 def _if_there(name: str) -> Any:
@@ -29,6 +44,8 @@ _box = import_module("norse.torch.functional.lif_box")
 _li_box = _if_there("norse.torch.functional.leaky_integrator_box")
 _iaf = import_module("norse.torch.functional.iaf")
 _lsnn = import_module("norse.torch.functional.lsnn")
+_ex = import_module("norse.torch.functional.lif_ex")
+_adex = import_module("norse.torch.functional.lif_adex")
 _reset = _if_there("norse.torch.functional.reset")  # without it a box neuron resets to v_reset
 
 
@@ -48,6 +65,7 @@ class Kind:
         delayed: the input does not reach the output of its own step, so that the states alone give that its shape.
         weights: names of the module's own weights, of the input and of the spikes that drive it.
         initial: its first state for an input, where the module does not tell.
+        precompute: of a module's ``p``: what torch computes from the membrane before each step.
     """
 
     state: Any
@@ -61,6 +79,7 @@ class Kind:
     delayed: bool = False
     weights: tuple[str, ...] = ()
     initial: Callable[[Any, Tensor], Any] | None = None
+    precompute: Callable[[Any], Precompute] | None = None
 
     def tensors(self, p: Any) -> list[Any]:
         """The parameters of a module."""
@@ -99,6 +118,12 @@ def _initial_of_linear(module: Any, x: Tensor) -> Any:
     return _li.LIState(v, torch.zeros((x.shape[0], module.hidden_size), device=x.device, dtype=x.dtype))
 
 
+def _exponential(p: Any) -> Precompute:
+    """As in ``lif_ex_step``."""
+    threshold, sharpness = p.v_th.detach(), p.delta_T.detach()
+    return lambda v: torch.exp((v - threshold) / sharpness)
+
+
 _LEAK = (("v_leak", "v"),)
 _WEIGHTS = ("input_weights", "recurrent_weights")
 
@@ -115,11 +140,21 @@ _IAF = Kind(_iaf.IAFFeedForwardState, ("v",), ("v_th", "v_reset"), lambda p: IAF
 _LSNN = Kind(_lsnn.LSNNFeedForwardState, ("v", "i", "b"),
              ("tau_mem_inv", "tau_syn_inv", "v_leak", "tau_adapt_inv", "v_th", "v_reset", "beta"), lambda p: LSNN,
              _lsnn.lsnn_feed_forward_step, (1, -1, 0, 1, 0, 0, 0), (("v_leak", "v"), ("v_th", "b")), delayed=True)
+_EX = Kind(_ex.LIFExFeedForwardState, ("v", "i"),
+           ("tau_mem_inv", "tau_syn_inv", "v_leak", "v_th", "v_reset", "delta_T"), lambda p: LIF_EX,
+           _ex.lif_ex_feed_forward_step, (1, -1, 0, 0, 0, 0), (*_LEAK, ("v_th", "v")), precompute=_exponential)
+_ADEX = replace(_EX, state=_adex.LIFAdExFeedForwardState, order=("v", "i", "a"),
+                parameters=(*_EX.parameters, "tau_ada_inv", "adaptation_current", "adaptation_spike"),
+                dynamics=lambda p: LIF_ADEX, activation=_adex.lif_adex_feed_forward_step, rates=(*_EX.rates, 1, 0, 0))
 
 _LIF_RECURRENT = replace(_LIF, state=_lif.LIFState, order=("v", "i", "z"), dynamics=lambda p: LIF_RECURRENT,
                          activation=_lif.lif_step, weights=_WEIGHTS)
 _LSNN_RECURRENT = replace(_LSNN, state=_lsnn.LSNNState, order=("v", "i", "b", "z"), dynamics=lambda p: LSNN_RECURRENT,
                           activation=_lsnn.lsnn_step, weights=_WEIGHTS)
+_EX_RECURRENT = replace(_EX, state=_ex.LIFExState, order=("v", "i", "z"), dynamics=lambda p: LIF_EX_RECURRENT,
+                        activation=_ex.lif_ex_step, weights=_WEIGHTS)
+_ADEX_RECURRENT = replace(_ADEX, state=_adex.LIFAdExState, order=("v", "i", "a", "z"),
+                          dynamics=lambda p: LIF_ADEX_RECURRENT, activation=_adex.lif_adex_step, weights=_WEIGHTS)
 
 
 def host_class(name: str) -> Any:
@@ -138,6 +173,8 @@ _NAMES = {
     "LIF": _LIF, "LIFCell": _LIF, "LI": _LI, "LICell": _LI, "LILinearCell": _LI_LINEAR, "LIFBox": _LIF_BOX,
     "LIFBoxCell": _LIF_BOX, "LIBox": _LI_BOX, "LIBoxCell": _LI_BOX, "IAF": _IAF, "IAFCell": _IAF, "LSNN": _LSNN,
     "LSNNCell": _LSNN, "LIFRecurrent": _LIF_RECURRENT, "LIFRecurrentCell": _LIF_RECURRENT,
-    "LSNNRecurrent": _LSNN_RECURRENT, "LSNNRecurrentCell": _LSNN_RECURRENT,
+    "LSNNRecurrent": _LSNN_RECURRENT, "LSNNRecurrentCell": _LSNN_RECURRENT, "LIFEx": _EX, "LIFExCell": _EX,
+    "LIFAdEx": _ADEX, "LIFAdExCell": _ADEX, "LIFExRecurrent": _EX_RECURRENT, "LIFExRecurrentCell": _EX_RECURRENT,
+    "LIFAdExRecurrent": _ADEX_RECURRENT, "LIFAdExRecurrentCell": _ADEX_RECURRENT,
 }
 KINDS: dict[type, Kind] = {host: kind for name, kind in _NAMES.items() if (host := host_class(name)) is not None}

@@ -18,7 +18,8 @@ from .norse_neurons import Kind
 INPUTS, NEURONS, BATCH, STEPS = 4, 6, 3, 6
 ALPHA = 2.0
 VALUES = {"tau_syn_inv": 300.0, "tau_mem_inv": 200.0, "tau_adapt_inv": 50.0, "v_leak": 0.1, "v_th": 0.4,
-          "v_reset": -0.1, "beta": 0.5}
+          "v_reset": -0.1, "beta": 0.5, "delta_T": 0.6, "tau_ada_inv": 60.0, "adaptation_current": 0.7,
+          "adaptation_spike": 0.2}
 draw = partial(torch.rand, dtype=torch.float64)
 
 

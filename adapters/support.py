@@ -61,9 +61,13 @@ SUPPORT = (
     Row("norse", ("LIFRecurrent", "LIFRecurrentCell", "LSNNRecurrent", "LSNNRecurrentCell"), True,
         f"{_METHODS}; autapses and masks; left to the host: sparse COO input, record_states, adjoint=True, steps of "
         "more than two dimensions, LIF of Norse 1.0, which compiles the step"),
-    Row("norse", ("LIFEx", "LIFExCell", "LIFExRecurrent", "LIFExRecurrentCell", "LIFAdEx", "LIFAdExCell",
-                  "LIFAdExRecurrent", "LIFAdExRecurrentCell", "LIFAdExRefracCell", "LIFAdExRefracRecurrentCell",
-                  "LIFAdExRefracRecurrent"), False, "its exponential would have to be PyTorch's to the bit"),
+    Row("norse", ("LIFEx", "LIFExCell", "LIFAdEx", "LIFAdExCell"), True,
+        f"{_METHODS}; the exponential is PyTorch's, step by step; left to the host: sparse COO input"),
+    Row("norse", ("LIFExRecurrent", "LIFExRecurrentCell", "LIFAdExRecurrent", "LIFAdExRecurrentCell"), True,
+        f"{_METHODS}; autapses and masks; left to the host: sparse COO input, record_states, steps of more than two "
+        "dimensions"),
+    Row("norse", ("LIFAdExRefracCell", "LIFAdExRefracRecurrentCell", "LIFAdExRefracRecurrent"), False,
+        "there is no kernel for an exponential neuron with a refractory period"),
     Row("norse", ("LIFRefracCell", "LIFRefracRecurrentCell", "LIFRefracRecurrent"), False,
         "its refractory counter has a threshold of its own"),
     Row("norse", ("Izhikevich", "IzhikevichCell", "IzhikevichRecurrent", "IzhikevichRecurrentCell", "CobaLIFCell",

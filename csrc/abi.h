@@ -9,7 +9,8 @@
 enum SnnDtype : int32_t { kFloat32 = 0, kFloat64 = 1 };
 enum SnnModel : int32_t {
   kLeaky, kSynaptic, kLapicque, kAlpha, kRLeaky, kRSynaptic,
-  kDeltaLeaky, kLif, kLi, kLifBox, kLiBox, kIaf, kLsnn, kLifRecurrent, kLsnnRecurrent
+  kDeltaLeaky, kLif, kLi, kLifBox, kLiBox, kIaf, kLsnn, kLifRecurrent, kLsnnRecurrent,
+  kLifEx, kLifExRecurrent, kLifAdex, kLifAdexRecurrent
 };
 enum SnnReset : int32_t { kSubtract, kZero, kNone, kValue };  // kValue: to a reset potential
 
@@ -69,7 +70,8 @@ struct SnnNeuronForward {
   uint64_t* const* reset;                // [steps] -> [rows, words] who was reset in this step
   uint64_t* const* active;               // [steps] -> [rows, words] surrogate derivative not zero
   void* const* membrane;                 // [steps] -> [rows, cols] u at the threshold comparison
-  void* const* traces[kMaxTraces];       // [steps] -> [rows, cols] what else the neuron struct traces
+  // [steps] -> [rows, cols] what else the neuron struct traces; one of them may be read instead, see site.h
+  void* const* traces[kMaxTraces];
   // u of the active sites. CPU: in the order of the sites, step after step. CUDA: blocks of kSitesPerBlock sites in any
   // order, each from its offset on, behind the report.counts[0] values that are there already.
   void* values;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 INPUT, SPIKE = "x", "spike"
 WEIGHT, BIAS = "weight", "bias"  # of the recurrence
@@ -17,11 +17,13 @@ class Trace:
         name: for the reader.
         parameters: indices of the parameters whose gradient needs it.
         always: backward needs it whatever the parameters.
+        given: torch computes it before the step, and the struct reads it.
     """
 
     name: str
     parameters: tuple[int, ...] = ()
     always: bool = False
+    given: bool = False
 
 
 @dataclass(frozen=True)
@@ -351,6 +353,33 @@ LSNN = Dynamics(
     traces=(Trace("b after its decay", always=True), Trace("i before its decay", (0, 1))),
 )
 
+LIF_EX = Dynamics(
+    name="LIFEx",
+    model="kLifEx",
+    states=("v", "i"),
+    parameters=("tau_mem", "tau_syn", "v_leak", "v_th", "v_reset", "delta_T"),
+    firing=_flow("x v i tau_mem v_leak v_th delta_T"),
+    flows=_flows("spike", "spike x v i tau_mem v_leak v_th v_reset delta_T", "x i tau_syn"),
+    threshold=3,
+    attached_reset=True,
+    needs_membrane=(0, 5),
+    traces=(Trace("i before its decay", (0, 1)), Trace("exponential", always=True, given=True)),
+)
+
+LIF_ADEX = Dynamics(
+    name="LIFAdEx",
+    model="kLifAdex",
+    states=("v", "i", "a"),
+    parameters=(*LIF_EX.parameters, "tau_ada", "adaptation_current", "adaptation_spike"),
+    firing=_flow("x v i a tau_mem v_leak v_th delta_T"),
+    flows=_flows("spike", "spike x v i a tau_mem v_leak v_th v_reset delta_T", "x i tau_syn",
+                 "spike v a v_leak tau_ada adaptation_current adaptation_spike"),
+    threshold=3,
+    attached_reset=True,
+    needs_membrane=(0, 5, 6, 7),
+    traces=(*LIF_EX.traces, Trace("a before the step", (0, 6))),
+)
+
 LIF_RECURRENT = Dynamics(
     name="LIFRecurrent",
     model="kLifRecurrent",
@@ -374,5 +403,26 @@ LSNN_RECURRENT = Dynamics(
     threshold=4,
     needs_membrane=(0,),
     traces=LSNN.traces,
+    recurrent=True,
+)
+
+LIF_EX_RECURRENT = replace(
+    LIF_EX,
+    name="LIFExRecurrent",
+    model="kLifExRecurrent",
+    states=(*LIF_EX.states, "z"),
+    firing=LIF_EX.firing | _flow("z weight"),
+    flows=_flows("spike", "spike x v i z tau_mem v_leak v_th v_reset delta_T weight", "x i z tau_syn weight", "spike"),
+    recurrent=True,
+)
+
+LIF_ADEX_RECURRENT = replace(
+    LIF_ADEX,
+    name="LIFAdExRecurrent",
+    model="kLifAdexRecurrent",
+    states=(*LIF_ADEX.states, "z"),
+    firing=LIF_ADEX.firing | _flow("z weight"),
+    flows=_flows("spike", "spike x v i a z tau_mem v_leak v_th v_reset delta_T weight", "x i z tau_syn weight",
+                 "spike v a v_leak tau_ada adaptation_current adaptation_spike", "spike"),
     recurrent=True,
 )

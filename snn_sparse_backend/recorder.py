@@ -21,6 +21,7 @@ from .recurrence import RecurrentScan
 from .recurrences import Recurrence
 from .reports import Densities
 from .scans import TRACES, ForwardScan, Layer, filled, uniform
+from .stepped import Precompute, SteppedScan
 from .stores import store_for
 from .surrogate import Surrogate
 
@@ -47,6 +48,7 @@ class Plan:
         guard: what a lane has to see unchanged about the module, see ``Guard`` in ``csrc/torch/lanes.h``; options,
             input and states aside.
         recurrence: of a recurrent layer.
+        precompute: the trace that torch computes, see ``Trace.given``, from the membrane before a step.
     """
 
     dynamics: Dynamics
@@ -60,6 +62,7 @@ class Plan:
     module: weakref.ref[Any] | None = None
     guard: tuple[tuple[Any, ...], ...] = ()
     recurrence: Recurrence | None = None
+    precompute: Precompute | None = None
 
     @property
     def leaves(self) -> tuple[torch.Tensor, ...]:
@@ -129,8 +132,7 @@ class Recorder:
 
     def __init__(self, plan: Plan, layer: Layer, learned: set[int]) -> None:
         self.dynamics, self.layer = plan.dynamics, layer
-        recurrence = plan.recurrence
-        self.scan = ForwardScan(layer) if recurrence is None else RecurrentScan(layer, recurrence, plan.options)
+        self.scan = self._scan(plan, layer)
         self.store = store_for(layer, plan.densities, self.scan)
         differentiable = plan.dynamics.spikes and plan.surrogate.differentiable
         self.keep_active = differentiable and plan.surrogate.bounded and not self._needs_places(plan)
@@ -143,6 +145,12 @@ class Recorder:
             RasterArena(layer.rows, layer.cols, layer.device, first_steps) for _ in range(3)
         )
         self._offsets = RasterArena(1, WORD * layer.blocks, layer.device) if event_parallel(layer.device) else None
+
+    @staticmethod
+    def _scan(plan: Plan, layer: Layer) -> ForwardScan:
+        if plan.recurrence is not None:
+            return RecurrentScan(layer, plan.recurrence, plan.options, plan.precompute)
+        return ForwardScan(layer) if plan.precompute is None else SteppedScan(layer, plan.precompute)
 
     def _needs_places(self, plan: Plan) -> bool:
         """Whether a derivative that Python evaluates depends on where a membrane belongs, not only on the membrane."""
@@ -199,11 +207,16 @@ class Recorder:
             pointers[_RESET * count] = block.reset.address
         if inputs is not None:
             pointers[:count] = inputs.addresses()
+        if isinstance(self.scan, SteppedScan):
+            given = [trace for trace, kind in zip(block.traces, dynamics.traces, strict=True) if kind.given]
+            self.scan.enter(states[0], finals[0], given[0] if given else None)
         if isinstance(self.scan, RecurrentScan):
             self.scan.begin(self._ready(states[-1], layer.shape), spikes, output if steps is not None else None)
         self.store.run(block, pointers, [s.data_ptr() for s in before], [s.data_ptr() for s in finals], inputs)
         if isinstance(self.scan, RecurrentScan):
             self.scan.finish()
+        if isinstance(self.scan, SteppedScan):
+            self.scan.leave()
         if inputs is not None:
             inputs.finish()
         counts["neuron_steps"] += count

@@ -16,21 +16,23 @@ from .native import event_parallel, kernel
 from .raster import Raster
 from .recurrences import Recurrence
 from .scans import BackwardScan, ForwardScan, Layer
+from .stepped import Precompute, SteppedScan
 from .summation import finite, order_of
 
 ALIGNMENT = 64  # bytes; of the tensors that torch allocates
 
 
-class RecurrentScan(ForwardScan):
+class RecurrentScan(SteppedScan):
     """The forward scan of a recurrent layer: it multiplies the spikes of each step by itself.
 
     Args:
         recurrence: how its spikes drive it.
         options: tell whether the product may add in an order of its own.
+        precompute: see :class:`SteppedScan`.
     """
 
-    def __init__(self, layer: Layer, recurrence: Recurrence, options: Options) -> None:
-        super().__init__(layer)
+    def __init__(self, layer: Layer, recurrence: Recurrence, options: Options, precompute: Precompute | None) -> None:
+        super().__init__(layer, precompute)
         self._recurrence = recurrence
         self._current = layer.empty()  # of the recurrence, in the next step
         self._slot = (ctypes.c_void_p * 1)(self._current.data_ptr())
@@ -71,21 +73,10 @@ class RecurrentScan(ForwardScan):
     def run(self, steps: int, pointers: Iterable[int | None], state_in: Sequence[int], state_out: Sequence[int],
             values: int | None = None, values_capacity: int = 0, first: int = 0, end: int | None = None,
             report: Any = None) -> int:
-        last, size = steps if end is None else end, self._layer.dtype.itemsize
-        done = used = 0
-        if self.product is not None and last - first > 1:
+        last = steps if end is None else end
+        if self.product is not None and self._precompute is None and last - first > 1:
             return self._run_together(steps, pointers, state_in, state_out, values, values_capacity, first, last)
-        for step in range(first, last):
-            self._multiply(step)
-            place = values + used * size if values is not None else None
-            ran = super().run(steps, pointers, state_in, state_out, place, values_capacity - used, step, step + 1,
-                              report)
-            if not ran:
-                break
-            if values is not None and report is None:
-                used += self.active_counts[step]
-            state_in, done = state_out, done + 1
-        return done
+        return super().run(steps, pointers, state_in, state_out, values, values_capacity, first, last, report)
 
     def _run_together(self, steps: int, pointers: Iterable[int | None], state_in: Sequence[int],
                       state_out: Sequence[int], values: int | None, capacity: int, first: int, last: int) -> int:
@@ -103,9 +94,13 @@ class RecurrentScan(ForwardScan):
 
         self._kernel = together
         try:
-            return super().run(steps, pointers, state_in, state_out, values, capacity, first, last)
+            return ForwardScan.run(self, steps, pointers, state_in, state_out, values, capacity, first, last)
         finally:
             self._kernel = one
+
+    def prepare(self, step: int) -> None:
+        super().prepare(step)
+        self._multiply(step)
 
     def _multiply(self, step: int) -> None:
         """The recurrent current of a step, from the spikes before it."""

@@ -22,6 +22,8 @@ from snn_sparse_backend.dynamics import (
     LI,
     LI_BOX,
     LIF,
+    LIF_ADEX,
+    LIF_EX,
     LSNN,
     Dynamics,
     alpha,
@@ -42,11 +44,14 @@ MODELS |= {f"Synaptic-{reset}{'-late' * late}": synaptic(reset, bool(late)) for 
 MODELS |= {f"{make.__name__.title()}-{reset}": make(reset) for make in (lapicque, alpha)
            for reset in ("subtract", "zero", "none")}
 MODELS |= {"LIF": LIF, "LI": LI, "LIFBox-value": lif_box("value"), "LIFBox-subtract": lif_box("subtract"),
-           "LIBox": LI_BOX, "IAF": IAF, "LSNN": LSNN, "DeltaLeaky": DELTA_LEAKY}
+           "LIBox": LI_BOX, "IAF": IAF, "LSNN": LSNN, "DeltaLeaky": DELTA_LEAKY, "LIFEx": LIF_EX,
+           "LIFAdEx": LIF_ADEX}
 PARAMETERS = {"kLeaky": (0.9, 0.7, 1.3), "kSynaptic": (0.9, 0.7, 1.3, 0.6), "kLapicque": (0.8, 0.7, 1.3, 1.2, 0.7, 1.1),
               "kAlpha": (2.5, 0.5, 1.3, 0.8, 0.6), "kLif": (0.3, -0.2, 0.1, 0.4, -0.1), "kLi": (0.3, -0.2, 0.1),
               "kLifBox": (0.3, 0.1, 0.4, -0.1), "kLiBox": (0.3, 0.1), "kIaf": (0.6, -0.1),
-              "kDeltaLeaky": (0.9, 0.6), "kLsnn": (0.3, -0.2, 0.1, 0.2, 0.4, -0.1, 0.3)}
+              "kDeltaLeaky": (0.9, 0.6), "kLsnn": (0.3, -0.2, 0.1, 0.2, 0.4, -0.1, 0.3),
+              "kLifEx": (0.3, -0.2, 0.1, 0.4, -0.1, 0.7),
+              "kLifAdex": (0.3, -0.2, 0.1, 0.4, -0.1, 0.7, 0.2, 0.6, 0.3)}
 TRACES = len(scans.TRACES)
 SURROGATES = (
     Surrogate("Atan", 2.0),
@@ -247,9 +252,9 @@ class Record:
 def forward(case: Case, *, chunk: int | None = None, room: int | None = None) -> Record:
     """Runs the forward scan, ``chunk`` steps a call, with ``room`` for active values; what is not written stays NaN."""
     if cuda_kernels():
-        return forward_on_cuda(case, chunk or case.steps)
+        return forward_on_cuda(case, chunk_of(case, chunk))
     layer, steps, dtype = case.layer(), case.steps, case.inputs.dtype
-    chunk, room = chunk or steps, room or steps * layer.rows * layer.words * 64
+    chunk, room = chunk_of(case, chunk), room or steps * layer.rows * layer.words * 64
     dense = [torch.full_like(case.inputs, float("nan")) for _ in range(2 + TRACES + len(case.states))]
     words = [torch.full((steps, layer.rows, layer.words), -1) for _ in range(3)]
     finals = [torch.full_like(s, float("nan")) for s in case.states]
@@ -260,6 +265,7 @@ def forward(case: Case, *, chunk: int | None = None, room: int | None = None) ->
     for first in range(0, steps, chunk):
         count = min(chunk, steps - first)
         pointers = [p for t in tables for p in scans.step_pointers(t, steps)[first : first + count]]
+        give(case, record.traces, first, finals if first else case.states)
         done = 0
         while done < count:
             arena = torch.full((room,), float("nan"), dtype=dtype)
@@ -272,6 +278,18 @@ def forward(case: Case, *, chunk: int | None = None, room: int | None = None) ->
                 record.spike_counts += scan.spike_counts[done : done + ran]
             done, before, record.calls = done + ran, [s.data_ptr() for s in finals], record.calls + 1
     return record
+
+
+def chunk_of(case: Case, wanted: int | None) -> int:
+    """Steps a call: one where something has to be computed before each."""
+    return 1 if case.model.model in reference.GIVEN else wanted or case.steps
+
+
+def give(case: Case, traces: Tensors, step: int, states: Tensors) -> None:
+    """Fills in the trace that the kernels are given."""
+    for i, trace in enumerate(case.model.traces):
+        if trace.given:
+            traces[i][step] = reference.GIVEN[case.model.model](up(case.parameters), states[0])
 
 
 def forward_on_cuda(case: Case, chunk: int) -> Record:
@@ -288,6 +306,7 @@ def forward_on_cuda(case: Case, chunk: int) -> Record:
     for first in range(0, steps, chunk):
         count = min(chunk, steps - first)
         pointers = [p for t in tables for p in scans.step_pointers(t, steps)[first : first + count]]
+        give(case, dense[2 : 2 + TRACES], first, before)
         assert scan.run(count, pointers, [s.data_ptr() for s in before], [s.data_ptr() for s in finals],
                         arena.data_ptr(), arena.numel(), report=counter.launch(count * layer.sites)) == count
         before = finals

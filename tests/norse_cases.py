@@ -50,6 +50,9 @@ _filled = stock.LIFBoxCell().initial_state(torch.zeros(2)).v.dim() > 0
 _V_LEAK, _V_RESET = (("v_leak",), ("v_reset",)) if _filled else ((), ())
 _LIF = ("tau_syn_inv", "tau_mem_inv", "v_leak", "v_th", "v_reset")
 _BOX = _LIF[1:]
+_EX = (*_LIF, "delta_T")
+_ADEX = (*_EX, "tau_ada_inv", "adaptation_current", "adaptation_spike")
+_EX_AT_ONCE = ("x", *_BOX[:3], "delta_T")
 _LSNN = ("tau_syn_inv", "tau_mem_inv", "tau_adapt_inv", "v_leak", "v_th", "v_reset", "beta")
 MODELS = {
     "LIF": Model(_LIF, "vi", "LIFParameters", "LIFFeedForwardState", ("x", *_BOX[:3]), ("v_leak",)),
@@ -62,10 +65,15 @@ MODELS = {
     "IAFCell": Model(_LIF[3:], "v", "IAFParameters", "IAFFeedForwardState", ("x", "v_th"), _V_RESET),
     "LSNN": Model(_LSNN, "vib", "LSNNParameters", "LSNNFeedForwardState", _LSNN[1:5], ("v_leak", "v_th")),
     "LSNNCell": Model(_LSNN, "vib", "LSNNParameters", "LSNNFeedForwardState", _LSNN[1:5], ("v_leak",)),
+    "LIFEx": Model(_EX, "vi", "LIFExParameters", "LIFExFeedForwardState", _EX_AT_ONCE, ("v_leak",)),
+    "LIFExCell": Model(_EX, "vi", "LIFExParameters", "LIFExFeedForwardState", _EX_AT_ONCE, ("v_leak",)),
+    "LIFAdEx": Model(_ADEX, "via", "LIFAdExParameters", "LIFAdExFeedForwardState", _EX_AT_ONCE, ("v_leak",)),
+    "LIFAdExCell": Model(_ADEX, "via", "LIFAdExParameters", "LIFAdExFeedForwardState", _EX_AT_ONCE),
 }
 RANGES = {"tau_adapt_inv": (1.0, 100.0), "beta": (0.1, 1.0),
           "tau_syn_inv": (20.0, 400.0), "tau_mem_inv": (50.0, 500.0), "v_leak": (-0.3, 0.3), "v_th": (0.2, 0.9),
-          "v_reset": (-0.3, 0.2)}
+          "v_reset": (-0.3, 0.2), "delta_T": (0.3, 1.0), "tau_ada_inv": (1.0, 100.0), "adaptation_current": (0.1, 4.0),
+          "adaptation_spike": (0.02, 0.5)}
 
 
 SHAPES = ((1,), (5,), (70,), (1, 1), (2, 7), (3, 63), (2, 64), (2, 65), (1, 130), (2, 3, 3, 2), (2, 2, 6, 7))

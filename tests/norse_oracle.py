@@ -11,7 +11,7 @@ from typing import Any
 import norse.torch as stock
 import pytest
 import torch
-from norse.torch.functional import iaf, lif, lif_box, lsnn
+from norse.torch.functional import iaf, lif, lif_adex, lif_box, lif_ex, lsnn
 from oracle import cut
 from snn_sparse_backend.adapters import norse as swapped
 from snn_sparse_backend.adapters import synapses
@@ -115,7 +115,7 @@ def clean_slate(**options: Any) -> Iterator[None]:
 @contextmanager
 def threshold_cut_at(cutoff: float | None) -> Iterator[None]:
     """Norse's own steps with their threshold derivative multiplied by ``1[|u - v_th| < cutoff]``."""
-    original, modules = lif.threshold, (iaf, lif, lif_box, lsnn)
+    original, modules = lif.threshold, (iaf, lif, lif_adex, lif_box, lif_ex, lsnn)
     if cutoff is not None:
         for module in modules:
             module.threshold = lambda x, *how: cut(lambda y: original(y, *how), cutoff)(x)

@@ -254,9 +254,36 @@ def lsnn(model: Dynamics, surrogate: Surrogate, p: Tensors, x: torch.Tensor, sta
     return Step(z, after, u, [decayed, i], u - decayed, z, torch.zeros_like(z))
 
 
+def exponential(p: Tensors, v: torch.Tensor) -> torch.Tensor:
+    """What drives ``LIFEx`` besides its input."""
+    return torch.exp((v - p[3]) / p[5])
+
+
+def lif_ex(model: Dynamics, surrogate: Surrogate, p: Tensors, x: torch.Tensor, states: Tensors) -> Step:
+    """Norse ``LIFEx``, see NORSE.md 1.5."""
+    (v, i), (mem, syn, leak, threshold, reset, sharpness) = states, p
+    c, e = i + x, exponential(p, v)
+    u = v + mem * (leak - v + sharpness * e + c)
+    z = Spike.apply(u - threshold, surrogate)
+    after = [(1 - z) * u + z * reset, c + syn * c]
+    return Step(z, after, u, [c, e], u - threshold, z, torch.zeros_like(z))
+
+
+def lif_adex(model: Dynamics, surrogate: Surrogate, p: Tensors, x: torch.Tensor, states: Tensors) -> Step:
+    """Norse ``LIFAdEx``, see NORSE.md 1.5."""
+    (v, i, a), (mem, syn, leak, threshold, reset, sharpness, ada, coupling, jump) = states, p
+    c, e = i + x, exponential(p, v)
+    u = v + mem * (leak - v + sharpness * e + c - a)
+    z = Spike.apply(u - threshold, surrogate)
+    after = [(1 - z) * u + z * reset, c + syn * c, a + ada * (coupling * (v - leak) - a) + z * jump]
+    return Step(z, after, u, [c, e, a], u - threshold, z, torch.zeros_like(z))
+
+
+GIVEN = {"kLifEx": exponential, "kLifAdex": exponential}  # what the kernels are given, from the membrane before a step
+
 STEPS = {"kLeaky": leaky, "kSynaptic": synaptic, "kLapicque": lapicque, "kAlpha": alpha,
          "kDeltaLeaky": delta_leaky, "kLif": lif, "kLi": li, "kLifBox": lif_box, "kLiBox": li_box, "kIaf": iaf,
-         "kLsnn": lsnn}
+         "kLsnn": lsnn, "kLifEx": lif_ex, "kLifAdex": lif_adex}
 
 
 def scan(model: Dynamics, surrogate: Surrogate, parameters: Tensors, inputs: Tensors, states: Tensors) -> list[Step]:

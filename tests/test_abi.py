@@ -130,13 +130,13 @@ def test_surrogates_that_adapters_name_exist() -> None:
 MODELS = [dynamics.leaky("zero", True), dynamics.synaptic("zero", True), dynamics.lapicque("zero"),
           dynamics.alpha("zero"), dynamics.rleaky("zero", True), dynamics.rsynaptic("zero"), dynamics.DELTA_LEAKY,
           dynamics.LIF, dynamics.LI, dynamics.lif_box("value"), dynamics.LI_BOX, dynamics.IAF, dynamics.LSNN,
-          dynamics.LIF_RECURRENT, dynamics.LSNN_RECURRENT]
+          dynamics.LIF_RECURRENT, dynamics.LSNN_RECURRENT, dynamics.LIF_EX, dynamics.LIF_EX_RECURRENT,
+          dynamics.LIF_ADEX, dynamics.LIF_ADEX_RECURRENT]
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda m: m.name)
 def test_models_have_as_many_states_and_parameters_as_their_struct(model: dynamics.Dynamics) -> None:
-    shared = {"kRSynaptic": "kSynaptic", "kLifRecurrent": "kLif", "kLsnnRecurrent": "kLsnn"}
-    struct = shared.get(model.model, model.model)[1:]
+    struct = {"kRSynaptic": "kSynaptic"}.get(model.model, model.model.removesuffix("Recurrent"))[1:]
     text = "\n".join(path.read_text() for path in (CSRC / "neurons").glob("*.h"))
     found = re.search(rf"struct {struct} (?::[^{{]*)?{{.*?States = (\d), Count = (\d), Traces = (\d)", text, re.DOTALL)
     assert found is not None

@@ -90,6 +90,13 @@ def test_lsnn_cell(case: Case) -> None:
     assert_same(case)
 
 
+@pytest.mark.parametrize("name", ["LIFEx", "LIFExCell", "LIFAdEx", "LIFAdExCell"])
+@given(data=st.data())
+@often(150)
+def test_lif_with_an_exponential(name: str, data: st.DataObject) -> None:
+    assert_same(data.draw(cases(name)))
+
+
 @needs("LIF")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

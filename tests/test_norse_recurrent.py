@@ -27,11 +27,14 @@ from snn_sparse_backend.memory import saved_bytes
 
 METHODS = ("super", "triangle", "tanh", "circ", "heavi_erfc", "heaviside")
 RANGES = {"tau_syn_inv": (20.0, 400.0), "tau_mem_inv": (50.0, 500.0), "v_leak": (-0.3, 0.3), "v_th": (0.2, 0.9),
-          "v_reset": (-0.3, 0.2), "tau_adapt_inv": (1.0, 100.0), "beta": (0.1, 1.0)}
+          "v_reset": (-0.3, 0.2), "tau_adapt_inv": (1.0, 100.0), "beta": (0.1, 1.0), "delta_T": (0.3, 1.0),
+          "tau_ada_inv": (1.0, 100.0), "adaptation_current": (0.1, 4.0), "adaptation_spike": (0.02, 0.5)}
 KINDS = {"LIF": ("tau_syn_inv", "tau_mem_inv", "v_leak", "v_th", "v_reset"),
          "LSNN": ("tau_syn_inv", "tau_mem_inv", "tau_adapt_inv", "v_leak", "v_th", "v_reset", "beta")}
+KINDS["LIFEx"] = (*KINDS["LIF"], "delta_T")
+KINDS["LIFAdEx"] = (*KINDS["LIFEx"], "tau_ada_inv", "adaptation_current", "adaptation_spike")
 FUSED = tuple(kind for kind in KINDS if f"{kind}Recurrent" not in OTHER_STEP)
-FIELDS = {"LIF": "zvi", "LSNN": "zvib"}
+FIELDS = {"LIF": "zvi", "LSNN": "zvib", "LIFEx": "zvi", "LIFAdEx": "zvia"}
 hit: Counter[str] = Counter()
 
 CASES = st.fixed_dictionaries({
@@ -122,7 +125,7 @@ def gradients(leaves: dict[str, Tensor], loss: Tensor | None) -> list[Tensor | N
 
 
 @given(case=CASES)
-@settings(max_examples=500, derandomize=True, deadline=None, database=None)
+@settings(max_examples=900, derandomize=True, deadline=None, database=None)
 def test_recurrent_layers(case: dict[str, Any]) -> None:
     with clean_slate(), threshold_cut_at(case["cutoff"]):
         seen, leaves, loss = play(case, stock)

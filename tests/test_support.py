@@ -103,10 +103,10 @@ def test_a_model_tells_which_of_its_layers_are_left_alone() -> None:
 
 def test_norses_classes_are_as_they_were() -> None:
     stock = pytest.importorskip("norse.torch")
-    layer = stock.LIFExRecurrent(3, 4)
+    layer = stock.LIFAdExRefracRecurrent(3, 4)
     before = layer.forward.__func__
     with sparse.enabled("norse"):
         assert "state" in inspect.signature(layer.forward).parameters  # what SequentialState asks for
-        with pytest.warns(SparseFallbackWarning, match="LIFExRecurrent: "):
+        with pytest.warns(SparseFallbackWarning, match="LIFAdExRefracRecurrent: "):
             layer(torch.rand(2, 3, 3))
-    assert layer.forward.__func__ is before and "forward" not in vars(stock.LIFExRecurrent)
+    assert layer.forward.__func__ is before and "forward" not in vars(stock.LIFAdExRefracRecurrent)

@@ -50,12 +50,10 @@ SNN_HD typename N::T::Scalar* step_unit(const StepTables<N>& s, const Unit& unit
     const typename N::Parameters p = par.at(k);
     P of[N::States];
     for (int q = 0; q < N::States; q++) of[q] = load_lanes(s.before[q] + base + k, lanes);
-    const P x = load_lanes(input + k, lanes);
-    Site<P> site;
-    if constexpr (N::Recurrent)
-      site = N::step(p, Drive<P>{x, load_lanes(s.recurrent + base + k, lanes)}, of, output[i]);
-    else
-      site = N::step(p, x, of, output[i]);
+    P recurrent(T(0)), given(T(0));
+    if constexpr (N::Recurrent) recurrent = load_lanes(s.recurrent + base + k, lanes);
+    if constexpr (kGivenTrace<N> >= 0) given = load_lanes(s.traces[kGivenTrace<N>] + base + k, lanes);
+    const Site<P> site = step_of<N>(p, load_lanes(input + k, lanes), recurrent, given, of, output[i]);
     for (int q = 0; q < N::States; q++) state[q][i] = of[q];
     u[i] = site.u;
     for (int q = 0; q < N::Traces; q++) trace[q][i] = site.trace[q];
@@ -75,7 +73,8 @@ SNN_HD typename N::T::Scalar* step_unit(const StepTables<N>& s, const Unit& unit
   }
   write(output, s.output);
   write(u, s.membrane);
-  for (int q = 0; q < N::Traces; q++) write(trace[q], s.traces[q]);
+  for (int q = 0; q < N::Traces; q++)
+    if (q != kGivenTrace<N>) write(trace[q], s.traces[q]);
   const uint64_t mask = lane_mask(unit.lanes);
   if (s.raster) {
     s.raster[unit.index] = raster & mask;

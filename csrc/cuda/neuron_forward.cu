@@ -55,31 +55,28 @@ __global__ void __launch_bounds__(kSitesPerBlock) forward_kernel(const __grid_co
   int spikes = 0, actives = 0;  // of this warp
 #pragma unroll
   for (int i = 0; i < N::States; i++) state[i] = site.exists ? load<T>(a.state_in[i], offset) : T(0);
-  constexpr int kGroup = Steps < kAhead ? Steps : kAhead;
+  constexpr int kGroup = Steps < kAhead ? Steps : kAhead, kGiven = kGivenTrace<N>;
   for (int64_t first = 0; first < a.steps; first += kGroup) {
-    T input[kGroup], recurrent[kGroup];
+    T input[kGroup], recurrent[kGroup], given[kGroup];
 #pragma unroll
     for (int k = 0; k < kGroup; k++) {
       const bool exists = first + k < a.steps && site.exists;
       input[k] = exists ? load<T>(a.step[first + k].input, offset) : T(0);
       recurrent[k] = N::Recurrent && exists ? load<T>(a.step[first + k].recurrent, offset) : T(0);
+      given[k] = kGiven >= 0 && exists ? load<T>(a.step[first + k].traces[kGiven < 0 ? 0 : kGiven], offset) : T(0);
     }
 #pragma unroll
     for (int k = 0; k < kGroup; k++) {
       if (first + k >= a.steps) break;
       const Step& step = a.step[first + k];
       T output;
-      Site<T> s;
-      if constexpr (N::Recurrent)
-        s = N::step(p, Drive<T>{input[k], recurrent[k]}, state, output);
-      else
-        s = N::step(p, input[k], state, output);
+      const Site<T> s = step_of<N>(p, input[k], recurrent[k], given[k], state, output);
       if (site.exists) {
         if (step.output) static_cast<T*>(step.output)[offset] = output;
         if (step.membrane) static_cast<T*>(step.membrane)[offset] = s.u;
 #pragma unroll
         for (int i = 0; i < N::Traces; i++)
-          if (step.traces[i]) static_cast<T*>(step.traces[i])[offset] = s.trace[i];
+          if (step.traces[i] && i != kGiven) static_cast<T*>(step.traces[i])[offset] = s.trace[i];
 #pragma unroll
         for (int i = 0; i < N::States; i++)
           if (step.states[i]) static_cast<T*>(step.states[i])[offset] = state[i];

@@ -4,6 +4,7 @@
 //   States                 how many state variables are carried from step to step (the first is the membrane)
 //   Recurrent              step() takes a Drive; a spike passes a gradient on through the recurrence as well
 //   Traces                 how many values a step may record besides u, for its adjoint
+//   GivenTrace             which of them, if any, is not computed here: step() takes it, after the input
 //   Spikes                 has a threshold comparison
 //   InnerSpikeGradient     the neuron's own dynamics send a gradient to the spike decision (reset not detached)
 //   AdjointUsesSpike/Reset/Traces/Before   whether the adjoint, parameter gradients aside, depends on who spiked, who
@@ -17,6 +18,7 @@
 #pragma once
 #include "../abi.h"
 #include "../portable.h"
+#include <type_traits>
 
 namespace snn {
 
@@ -34,6 +36,24 @@ template <class T> struct Drive {
   T input, recurrent;
   SNN_HD friend T operator+(const T& a, const Drive& d) { return (a + d.input) + d.recurrent; }
 };
+
+template <class N, class = void> constexpr int kGivenTrace = -1;  // none
+template <class N> constexpr int kGivenTrace<N, std::void_t<decltype(N::GivenTrace)>> = N::GivenTrace;
+
+// A step with the current of the recurrence and the given trace, where the neuron has them.
+template <class N, class T>
+SNN_HD Site<T> step_of(const typename N::Parameters& p, T input, T recurrent, T given, T* state, T& output) {
+  const auto run = [&](const auto& x) {
+    if constexpr (kGivenTrace<N> >= 0)
+      return N::step(p, x, given, state, output);
+    else
+      return N::step(p, x, state, output);
+  };
+  if constexpr (N::Recurrent)
+    return run(Drive<T>{input, recurrent});
+  else
+    return run(input);
+}
 
 // Gradients at one site: from outside for the output, and for the states from outside plus the carried part.
 template <class T, int States> struct Cotangents {

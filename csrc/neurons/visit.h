@@ -8,7 +8,9 @@
 #include "leaky.h"
 #include "li.h"
 #include "lif.h"
+#include "lif_adex.h"
 #include "lif_box.h"
+#include "lif_ex.h"
 #include "lsnn.h"
 #include "rleaky.h"
 #include "synaptic.h"
@@ -42,6 +44,10 @@ template <class T, class Visit> auto visit_neuron(const SnnLayer& layer, Visit v
     case kIaf: return visit(Tag<Iaf<T>>());
     case kLsnn: return visit(Tag<Lsnn<T, false>>());
     case kLsnnRecurrent: return visit(Tag<Lsnn<T, true>>());
+    case kLifEx: return visit(Tag<LifEx<T, false>>());
+    case kLifExRecurrent: return visit(Tag<LifEx<T, true>>());
+    case kLifAdex: return visit(Tag<LifAdex<T, false>>());
+    case kLifAdexRecurrent: return visit(Tag<LifAdex<T, true>>());
     default: return visit_leaky<T>(layer, visit);
   }
 }
