@@ -125,7 +125,7 @@ class RecurrentScan(ForwardScan):
 
 
 def backward(scan: BackwardScan, recurrence: Recurrence, tiles: torch.Tensor | None, grad_input: torch.Tensor,
-             carry: Sequence[torch.Tensor]) -> None:
+             carry: Sequence[torch.Tensor], winners: Sequence[torch.Tensor] | None = None) -> None:
     """The backward scan of a recurrent layer.
 
     Args:
@@ -133,6 +133,7 @@ def backward(scan: BackwardScan, recurrence: Recurrence, tiles: torch.Tensor | N
         tiles: CPU: its weight packed, where gradients through it are wanted at active sites only.
         grad_input: ``[T * B, N]``, filled.
         carry: gradients of the states before the first step, filled.
+        winners: the only neurons ``[B, 1]`` whose spikes pass gradients on, of each step; None: the scan knows.
     """
     layer = scan.layer
     if tiles is not None:
@@ -151,3 +152,6 @@ def backward(scan: BackwardScan, recurrence: Recurrence, tiles: torch.Tensor | N
         scan.run_one(step, grad, through, carry)
         if step:
             through = recurrence.through(grad.view(layer.rows_shape)).contiguous()
+            if winners is not None:
+                index = winners[step - 1]
+                through = torch.zeros_like(through).scatter_(1, index, through.gather(1, index))
