@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import snntorch as snn
 import torch
+from devices import cuda_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import BATCH, SIZES, Net, Side, assert_same, differences, frames, precision, run, train, weighted
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 import snn_sparse_backend as sparse
 from snn_sparse_backend import inhibition, neuron_tape, tables
 from snn_sparse_backend.memory import layer_outputs, saved_bytes
+from snn_sparse_backend.summation import order_of
 
 STATES = {"Leaky": 1, "Synaptic": 2, "Lapicque": 1, "Alpha": 3, "RLeaky": 2, "RSynaptic": 3}
 SURROGATES: dict[str, Callable[[], Any]] = {
@@ -169,13 +171,18 @@ def inhibited(side: Side, **options: Any) -> Net:
 def test_gradients_go_through_the_winners_alone() -> None:
     """Without any cutoff, and with a surrogate that is nowhere zero, the products of backward are sparse."""
 
+    orders: list[Any] = []
+
     def program(side: Side) -> None:
         net = inhibited(side)
+        orders.append(order_of(BATCH, *SIZES[1:], torch.float32, True))
         train(side, net, net(frames(20)))
 
     side = assert_same(program, synapses=True)
     assert side.counts["input_gradient_sparse"] == 1 and not side.counts["input_gradient_dense"]
     assert side.counts["weight_gradient_sparse"] > 0
+    # Those of the first Linear are a lane's; the second one's owner has no lane.
+    assert None in orders or cuda_kernels() or side.counts["forward_sparse"] - side.counts["lane_steps"] >= 20
 
 
 def test_one_membrane_a_row_is_kept() -> None:
@@ -352,6 +359,9 @@ PLANTED: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
 }
 
 
+OF_THE_CPU = ("gradients at the neighbours", "the recurrence is not masked")
+
+
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_errors_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def program(side: Side) -> None:
@@ -365,6 +375,8 @@ def test_planted_errors_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -
             loss = loss + weighted(*state)
         train(side, nn.ModuleList([fc, lif]), loss)
 
+    if name in OF_THE_CPU and cuda_kernels():
+        pytest.skip("the scan of CUDA itself takes gradients at active sites only")
     stock = run(program, on=False)
     assert not differences(stock, run(program, on=True), tolerance=1e-5)
     module, function, plant = PLANTED[name]
