@@ -239,9 +239,8 @@ def _settings_problem(kind: Kind, module: Any, x: Tensor, tensors: dict[str, Ten
     if kind.inhibits(module) and kind.late_reset(module) != "none":
         return "inhibition with reset_delay=False is not supported"
     if kind.recurrent:
-        problem = _graded_problem(kind, module, tensors)
-        if problem is not None:
-            return problem
+        if not module.reset_delay and not isinstance(module, snn.RLeaky):
+            return "its late reset works on the states that were passed in, and not on its own"
         problem = recurrence.problem_of(module, x, tensors)
         if problem is not None:
             return problem
@@ -264,15 +263,6 @@ def _version_problem(kind: Kind, module: Any) -> str | None:
     host, spike_grad = type(module), module.spike_grad
     key = host, getattr(spike_grad, "__code__", spike_grad)
     return probe.problem(key, lambda: trials(kind, host, _FORWARDS[host], spike_grad))
-
-
-def _graded_problem(kind: Kind, module: Any, tensors: dict[str, Tensor]) -> str | None:
-    factor = tensors["graded_spikes_factor"]
-    if not kind.inhibits(module) and (factor.requires_grad or not bool((values_of(factor) == 1).all())):
-        return "graded spikes through a recurrence are not supported"
-    if module.reset_delay or isinstance(module, snn.RLeaky):
-        return None
-    return "its late reset works on the states that were passed in, and not on its own"
 
 
 def _parameter_problem(name: str, tensor: Tensor, x: Tensor) -> str | None:

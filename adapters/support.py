@@ -47,8 +47,7 @@ SUPPORT = (
     Row("snntorch", ("Lapicque", "Alpha"), True, f"{_RESETS}; {_INHIBITION}; {_LEFT}; Lapicque: learn_beta"),
     Row("snntorch", ("RLeaky", "RSynaptic"), True,
         f"recurrence by a Linear, a Conv2d or one to one; {_RESETS}; {_INHIBITION}; {_LEFT}; a Linear on more than two "
-        "dimensions, other recurrences, graded spikes, inhibition with reset_delay=False; RSynaptic: "
-        "reset_delay=False"),
+        "dimensions, other recurrences, inhibition with reset_delay=False; RSynaptic: reset_delay=False"),
     Row("snntorch", ("DeltaLeaky",), True, "any beta; left to the host: a delta_threshold that is not a number, "
         "surrogates without a known formula that are not registered"),
     Row("snntorch", ("SLSTM", "SConv2dLSTM"), False, "its gates are dense products of dense states"),

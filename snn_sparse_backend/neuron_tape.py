@@ -294,11 +294,8 @@ class NeuronTape(Tape):
             shape = self.state_kinds[-1][0]
             result[len(dynamics.carried)] = recurrence.through(grad[:rows]).sum_to_size(shape).view(shape)
         before = self.spikes_in[0].view(layer.rows_shape)
-        if not recurrence.dense:
-            spikes = before
-            if scan.steps > 1:
-                later = unpack(self._raster(rows * (scan.steps - 1)), layer.dtype)
-                spikes = torch.cat([before, later.view(layer.rows_shape)])
+        if not recurrence.dense or not self.plan.unit_spikes:
+            spikes = torch.cat([before, self._spikes(rows * (scan.steps - 1))]) if scan.steps > 1 else before
             result[len(wanted) - 2 : len(wanted)] = recurrence.gradients(grad, spikes, wanted[-2:])
             return
         of_weight, _ = recurrence.gradients(grad[:rows], before, (wanted[-2], False))
@@ -318,6 +315,15 @@ class NeuronTape(Tape):
         """The spikes in the first rows ``[T * B]``."""
         rasters = [block.raster for block in self.blocks]
         return Raster.concatenate(raster for raster in rasters if raster is not None).part(0, rows)
+
+    def _spikes(self, rows: int) -> torch.Tensor:
+        """What the neurons emitted in the first rows ``[T * B, ...]``."""
+        layer, dynamics = self.layer, self.plan.dynamics
+        spikes = unpack(self._raster(rows), layer.dtype)
+        if not self.plan.unit_spikes:
+            factor = layer.parameters[dynamics.parameters.index("graded_spikes_factor")]
+            spikes = spikes.view(-1, layer.rows, layer.cols) * factor
+        return spikes.view(layer.rows_shape)
 
     def _recurrent_gradient(self, grad: torch.Tensor) -> torch.Tensor:
         """That of the recurrent weight, from the gradients of all steps but the first."""

@@ -136,7 +136,8 @@ class Recorder:
     def __init__(self, plan: Plan, layer: Layer, learned: set[int]) -> None:
         self.dynamics, self.layer = plan.dynamics, layer
         recurrence = plan.recurrence
-        self.scan = ForwardScan(layer) if recurrence is None else RecurrentScan(layer, recurrence, plan.options)
+        self.scan = ForwardScan(layer) if recurrence is None else RecurrentScan(layer, recurrence, plan.options,
+                                                                                plan.unit_spikes)
         self.store = store_for(layer, plan.densities, self.scan)
         differentiable = plan.dynamics.spikes and plan.surrogate.differentiable
         compress = differentiable and not self._needs_places(plan) and (plan.surrogate.bounded or plan.inhibition)
@@ -183,7 +184,7 @@ class Recorder:
             output = finals[0]  # an integrator returns its state itself
         raster = active = reset = offsets = 0
         if dynamics.spikes:
-            if self.inhibition is not None:
+            if self.inhibition is not None:  # what the scan and backward take for spikes decides about resets only
                 raster = self.inhibition.begin(block)
             else:
                 block.raster, raster = self._rasters.take(count)

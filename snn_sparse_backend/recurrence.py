@@ -27,15 +27,16 @@ class RecurrentScan(ForwardScan):
     Args:
         recurrence: how its spikes drive it.
         options: tell whether the product may add in an order of its own.
+        unit_spikes: spikes are exactly 0 and 1.
     """
 
-    def __init__(self, layer: Layer, recurrence: Recurrence, options: Options) -> None:
+    def __init__(self, layer: Layer, recurrence: Recurrence, options: Options, unit_spikes: bool) -> None:
         super().__init__(layer)
         self._recurrence = recurrence
         self._current = layer.empty()  # of the recurrence, in the next step
         self._slot = (ctypes.c_void_p * 1)(self._current.data_ptr())
         self.arguments.recurrent = ctypes.addressof(self._slot)
-        self.product = self._by_events(options)
+        self.product = self._by_events(options) if unit_spikes else None
         self._spikes: torch.Tensor | None = None
         self._raster: Raster | None = None
         self._outputs: torch.Tensor | None = None

@@ -122,13 +122,17 @@ class Layer:
         return self.bias is not False and not (self.recurrence == "one" and isinstance(self.alpha.value, int))
 
     @property
+    def learns_factor(self) -> bool:
+        return self.factor.learn and (self.kind == "Leaky" or self.factor.value != 1)
+
+    @property
     def learns(self) -> bool:
         """Whether some parameter or state of the neuron requires grad."""
-        own = {"Leaky": self.beta.learn or (self.factor.learn and not self.inhibition),
-               "Synaptic": self.beta.learn or self.alpha.learn,
+        own = {"Leaky": self.beta.learn, "Synaptic": self.beta.learn or self.alpha.learn,
                "Lapicque": False, "Alpha": self.beta.wanted, "RLeaky": self.beta.learn or self.learns_recurrence,
                "RSynaptic": self.beta.learn or self.alpha.learn or self.learns_recurrence}[self.kind]
-        return own or self.threshold.learn or self.initial == "learned"
+        factor = self.learns_factor and not self.inhibition
+        return own or factor or self.threshold.learn or self.initial == "learned"
 
 
 @dataclass
@@ -250,8 +254,8 @@ def make_neuron(layer: Layer, side: Side) -> Any:
         return snn.Leaky(**options, graded_spikes_factor=layer.factor.make(layer.size),
                          learn_graded_spikes_factor=layer.factor.learn)
     if layer.kind == "RLeaky":
-        return snn.RLeaky(**options)
-    if layer.kind in ("Synaptic", "RSynaptic"):
+        neuron = snn.RLeaky(**options)
+    elif layer.kind in ("Synaptic", "RSynaptic"):
         neuron = getattr(snn, layer.kind)(**options, alpha=layer.alpha.make(layer.size), learn_alpha=layer.alpha.learn)
     elif layer.kind == "Lapicque":
         value = min(float(layer.alpha.value), 1.0)
@@ -262,8 +266,12 @@ def make_neuron(layer: Layer, side: Side) -> Any:
         beta = torch.as_tensor(beta, dtype=torch.get_default_dtype()).clamp(0.05, 0.8)
         neuron = snn.Alpha(**options, alpha=0.82 + 0.17 * min(layer.alpha.value, 1), beta=beta,
                            learn_beta=layer.beta.wanted)
-    if layer.factor.value != 1 and layer.kind != "RSynaptic":
-        neuron.graded_spikes_factor = torch.as_tensor(layer.factor.make(layer.size))
+    if layer.factor.value != 1:
+        factor = torch.as_tensor(layer.factor.make(layer.size))
+        if layer.learns_factor:
+            del neuron.graded_spikes_factor
+            factor = nn.Parameter(factor)
+        neuron.graded_spikes_factor = factor
     return neuron
 
 
