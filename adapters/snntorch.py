@@ -226,8 +226,8 @@ def _new_plan(kind: Kind, module: Any, options: Options, x: Tensor,
 
 
 def _settings_problem(kind: Kind, module: Any, x: Tensor, tensors: dict[str, Tensor]) -> str | None:
-    if module.inhibition:
-        return "inhibition is not supported"
+    if kind.inhibits(module) and x.dim() != 2:
+        return f"inhibition works on inputs [B, N], and this one has {x.dim()} dimensions"
     if module.state_quant:
         return "quantised states are not supported"
     if surrogate_of(module.spike_grad) is None:
@@ -236,10 +236,11 @@ def _settings_problem(kind: Kind, module: Any, x: Tensor, tensors: dict[str, Ten
     problem = kind.replaced(module)
     if problem is not None:
         return problem
+    if kind.inhibits(module) and kind.late_reset(module) != "none":
+        return "inhibition with reset_delay=False is not supported"
     if kind.recurrent:
-        problem = _graded_problem(kind, module, tensors)
-        if problem is not None:
-            return problem
+        if not module.reset_delay and not isinstance(module, snn.RLeaky):
+            return "its late reset works on the states that were passed in, and not on its own"
         problem = recurrence.problem_of(module, x, tensors)
         if problem is not None:
             return problem
@@ -264,15 +265,6 @@ def _version_problem(kind: Kind, module: Any) -> str | None:
     return probe.problem(key, lambda: trials(kind, host, _FORWARDS[host], spike_grad))
 
 
-def _graded_problem(kind: Kind, module: Any, tensors: dict[str, Tensor]) -> str | None:
-    factor = tensors["graded_spikes_factor"]
-    if factor.requires_grad or not bool((values_of(factor) == 1).all()):
-        return "graded spikes through a recurrence are not supported"
-    if module.reset_delay or isinstance(module, snn.RLeaky):
-        return None
-    return "its late reset works on the states that were passed in, and not on its own"
-
-
 def _parameter_problem(name: str, tensor: Tensor, x: Tensor) -> str | None:
     problem = tensor_problem(x, tensor)
     if problem is not None:
@@ -292,17 +284,22 @@ def _make_plan(kind: Kind, module: Any, options: Options, tensors: dict[str, Ten
     surrogate = surrogate_of(module.spike_grad)
     assert surrogate is not None
     numbers = {name: torch.tensor(module.__dict__[name], dtype=torch.float64, device="cpu") for name in kind.attributes}
+    inhibition, reads = kind.inhibits(module), kind.parameters
+    if inhibition:  # the factor is not asked for
+        reads = tuple(name for name in reads if name != "graded_spikes_factor")
+        tensors = {**tensors, "graded_spikes_factor": torch.ones((), device="cpu")}
     factor = tensors.get("graded_spikes_factor")
     return Plan(
         dynamics=kind.dynamics(module),
         surrogate=surrogate.within(options.cutoff),
         options=options,
-        parameters=tuple(tensors[name] for name in kind.parameters),
+        parameters=tuple(tensors[name] for name in reads),
         recurrence=recurrence.recurrence_of(module, tensors) if kind.recurrent else None,
         derive=lambda: kind.derive({**tensors, **numbers}),
         unit_spikes=factor is None or (not factor.requires_grad and bool((values_of(factor) == 1).all())),
         densities=densities_of(module),
-        module=weakref.ref(module),
+        module=None if inhibition else weakref.ref(module),
+        inhibition=inhibition,
         guard=_guard(kind, module, tensors),
     )
 

@@ -72,6 +72,10 @@ class Kind:
             return "none"
         return _RESET_VALUES[int(values_of(module.reset_mechanism_val))]
 
+    def inhibits(self, module: Any) -> bool:
+        """Whether only one neuron of each row may spike."""
+        return bool(module.inhibition and self.methods)
+
     def replaced(self, module: Any) -> str | None:
         """What was replaced of the methods of its step, or None."""
         for name, original in self.methods.items():
@@ -98,7 +102,7 @@ class Kind:
 
 def _kind(cls: Any, states: tuple[str, ...], parameters: tuple[str, ...], describe: Any, derive: Any, *,
           methods: tuple[str, ...] = (), delays: bool = True, constants: Mapping[str, str] | None = None) -> Kind:
-    called = ("fire", "mem_reset", "_base_state_function", *_RESETS, *methods)
+    called = ("fire", "fire_inhibition", "mem_reset", "_base_state_function", *_RESETS, *methods)
     originals = {name: getattr(cls, name) for name in called}
     inner = (len(states) - 1, *range(len(states) - 1))  # the membrane first
     if states[0] == "spk":  # and the spikes last

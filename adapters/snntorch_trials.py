@@ -42,7 +42,7 @@ _EARLY_RESETS = (snn.Leaky, snn.Synaptic, snn.RLeaky)  # those that are fused wi
 
 
 def trials(kind: Kind, host: type, forward: Callable[..., Any], spike_grad: Any) -> Iterator[Trial]:
-    """One for each way to reset, and for each other recurrence.
+    """One for each way to reset, for inhibition, and for each other recurrence.
 
     Args:
         forward: the fused one.
@@ -53,11 +53,15 @@ def trials(kind: Kind, host: type, forward: Callable[..., Any], spike_grad: Any)
         for delay in delays:
             options = {"reset_mechanism": reset, "spike_grad": spike_grad, **delay}
             yield partial(_play, kind, partial(LAYERS[host], **options), forward)
+    if kind.methods:  # DeltaLeaky ignores it, and all others the factor
+        factor = {"learn_graded_spikes_factor": False} if host is snn.Leaky else {}
+        yield partial(_play, kind, partial(LAYERS[host], spike_grad=spike_grad, **factor), forward, inhibition=True)
     for make in _RECURRENCES.get(host, ()):
-        yield partial(_play, kind, partial(make, spike_grad=spike_grad), forward)
+        yield partial(_play, kind, partial(make, spike_grad=spike_grad), forward, factor=0.9)
 
 
-def _play(kind: Kind, make: Callable[[], Any], forward: Callable[..., Any], fused: bool) -> Outcome:
+def _play(kind: Kind, make: Callable[[], Any], forward: Callable[..., Any], fused: bool,
+          inhibition: bool = False, factor: float | None = None) -> Outcome:
     """A ``Linear`` and the layer on its output, in a loop over time; the loss has every output and state."""
     instances = snn.SpikingNeuron.instances  # of every layer there is, for utils.reset()
     before = len(instances)
@@ -66,6 +70,9 @@ def _play(kind: Kind, make: Callable[[], Any], forward: Callable[..., Any], fuse
     finally:
         del instances[before:]
     layer.__dict__[OPTIONS] = Options()
+    layer.inhibition = inhibition  # as an argument it warns
+    if factor is not None:  # the recurrent classes do not take it as an argument
+        layer.graded_spikes_factor.fill_(factor)
     step, multiply = (forward, synapses.linear_forward) if fused else (kind.host, synapses.host_forward)
     draw = partial(torch.rand, dtype=torch.float64)
     x = (3 * draw(STEPS, BATCH, INPUTS)).requires_grad_()

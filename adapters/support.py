@@ -35,17 +35,19 @@ class Row:
 
 
 _RESETS = "every reset; learnable and per-neuron parameters; any trailing shape"
-_LEFT = "left to the host: inhibition, state_quant, surrogates without a known formula that are not registered"
+_INHIBITION = "inhibition on [B, N]"
+_LEFT = "left to the host: state_quant, surrogates without a known formula that are not registered"
 _BROADCAST = "learnable parameters of any broadcast shape; any state"
 _METHODS = f"every `method`; {_BROADCAST}"
 _WHOLE = "it takes whole sequences in one call, and there is no time loop to fuse"
 
 SUPPORT = (
-    Row("snntorch", ("Leaky", "Synaptic"), True, f"{_RESETS}; reset_delay; {_LEFT}"),
-    Row("snntorch", ("Lapicque", "Alpha"), True, f"{_RESETS}; {_LEFT}; Lapicque: learn_beta"),
+    Row("snntorch", ("Leaky", "Synaptic"), True,
+        f"{_RESETS}; reset_delay; {_INHIBITION}; {_LEFT}, inhibition with reset_delay=False"),
+    Row("snntorch", ("Lapicque", "Alpha"), True, f"{_RESETS}; {_INHIBITION}; {_LEFT}; Lapicque: learn_beta"),
     Row("snntorch", ("RLeaky", "RSynaptic"), True,
-        f"recurrence by a Linear, a Conv2d or one to one; {_RESETS}; {_LEFT}; a Linear on more than two dimensions, "
-        "other recurrences, graded spikes; RSynaptic: reset_delay=False"),
+        f"recurrence by a Linear, a Conv2d or one to one; {_RESETS}; {_INHIBITION}; {_LEFT}; a Linear on more than two "
+        "dimensions, other recurrences, inhibition with reset_delay=False; RSynaptic: reset_delay=False"),
     Row("snntorch", ("DeltaLeaky",), True, "any beta; left to the host: a delta_threshold that is not a number, "
         "surrogates without a known formula that are not registered"),
     Row("snntorch", ("SLSTM", "SConv2dLSTM"), False, "its gates are dense products of dense states"),

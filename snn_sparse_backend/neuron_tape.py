@@ -16,6 +16,7 @@ from .compat.cuda import current_stream
 from .counters import counts
 from .derivatives import Derivatives
 from .feeds import FeedTape
+from .inhibition import winners_of
 from .kernels import columns, density, pack_weights, unpack, weight_gradient
 from .lanes import ROLES, Chain, NeuronRun, take
 from .native import address_of, event_parallel
@@ -208,10 +209,10 @@ class NeuronTape(Tape):
         else:
             rasters = [self.blocks[i].active for i in blocks]
             active = Raster.concatenate(raster for raster in rasters if raster is not None)
-        if event_parallel(self.layer.device):
+        if active.ones is None:
             share = self.plan.densities.for_choice().active
         else:
-            share = (active.ones or 0) / active.sites
+            share = active.ones / active.sites
         return active if share is None or share <= crossover(active) else None
 
     # ------------------------------------------------------------------------------------------------ backward
@@ -280,20 +281,21 @@ class NeuronTape(Tape):
         """The backward scan of a recurrent layer; fills in the gradients of the spikes before it, weight and bias."""
         layer, dynamics = self.layer, self.plan.dynamics
         check_version(recurrence.weight, self.weight_version)
-        tiles = self._tiles_of(recurrence) if recurrence.dense and not event_parallel(layer.device) else None
+        # On the CPU the scan looks at the active sites only where no membrane of the others is kept.
+        masked = self.plan.inhibition and self.recorder.keep_membrane and not event_parallel(layer.device)
+        winners = winners_of(self.blocks) if masked else None
+        sparse = recurrence.dense and winners is None and not event_parallel(layer.device)
+        tiles = self._tiles_of(recurrence) if sparse else None
         carry = [layer.empty() if tensor is None else tensor for tensor in initial]
-        recurrent_backward(scan, recurrence, tiles, grad, carry)
+        recurrent_backward(scan, recurrence, tiles, grad, carry, winners)
         rows = layer.rows
         grad = grad[: rows * scan.steps].view(layer.rows_shape)
         if wanted[len(dynamics.carried)]:
             shape = self.state_kinds[-1][0]
             result[len(dynamics.carried)] = recurrence.through(grad[:rows]).sum_to_size(shape).view(shape)
         before = self.spikes_in[0].view(layer.rows_shape)
-        if not recurrence.dense:
-            spikes = before
-            if scan.steps > 1:
-                later = unpack(self._raster(rows * (scan.steps - 1)), layer.dtype)
-                spikes = torch.cat([before, later.view(layer.rows_shape)])
+        if not recurrence.dense or not self.plan.unit_spikes:
+            spikes = torch.cat([before, self._spikes(rows * (scan.steps - 1))]) if scan.steps > 1 else before
             result[len(wanted) - 2 : len(wanted)] = recurrence.gradients(grad, spikes, wanted[-2:])
             return
         of_weight, _ = recurrence.gradients(grad[:rows], before, (wanted[-2], False))
@@ -313,6 +315,15 @@ class NeuronTape(Tape):
         """The spikes in the first rows ``[T * B]``."""
         rasters = [block.raster for block in self.blocks]
         return Raster.concatenate(raster for raster in rasters if raster is not None).part(0, rows)
+
+    def _spikes(self, rows: int) -> torch.Tensor:
+        """What the neurons emitted in the first rows ``[T * B, ...]``."""
+        layer, dynamics = self.layer, self.plan.dynamics
+        spikes = unpack(self._raster(rows), layer.dtype)
+        if not self.plan.unit_spikes:
+            factor = layer.parameters[dynamics.parameters.index("graded_spikes_factor")]
+            spikes = spikes.view(-1, layer.rows, layer.cols) * factor
+        return spikes.view(layer.rows_shape)
 
     def _recurrent_gradient(self, grad: torch.Tensor) -> torch.Tensor:
         """That of the recurrent weight, from the gradients of all steps but the first."""

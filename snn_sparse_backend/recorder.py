@@ -14,6 +14,7 @@ from .config import Options
 from .counters import counts
 from .deferred import deferred_of, settled
 from .dynamics import Dynamics
+from .inhibition import Inhibition
 from .kernels import nonzero, pack
 from .native import event_parallel
 from .raster import WORD, Raster, RasterArena
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from .synapse_tape import SynapseTape
 
 
-_RESET = ForwardScan.TABLES.index("reset")
+_RESET, _ACTIVE, _OFFSETS = (ForwardScan.TABLES.index(name) for name in ("reset", "active", "offsets"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +50,8 @@ class Plan:
             input and states aside.
         recurrence: of a recurrent layer.
         precompute: the trace that torch computes, see ``Trace.given``, from the membrane before a step.
+        inhibition: in each row of a step ``[B, N]`` only the neuron furthest above its threshold spikes; such a layer
+            runs step by step, and without a late reset.
     """
 
     dynamics: Dynamics
@@ -63,6 +66,7 @@ class Plan:
     guard: tuple[tuple[Any, ...], ...] = ()
     recurrence: Recurrence | None = None
     precompute: Precompute | None = None
+    inhibition: bool = False
 
     @property
     def leaves(self) -> tuple[torch.Tensor, ...]:
@@ -90,6 +94,8 @@ class Block:
     membrane: torch.Tensor | None = None
     traces: tuple[torch.Tensor | None, ...] = ()
     reset: Raster | None = None
+    crossings: Raster | None = None  # with inhibition: who crossed the threshold, and is reset in the next step
+    winners: torch.Tensor | None = None  # CPU, with inhibition: who may spike, of each row [B, 1]
     source: tuple[weakref.ref[SynapseTape], int] | None = None  # the synapse step that made the input
 
     @property
@@ -135,9 +141,13 @@ class Recorder:
         self.scan = self._scan(plan, layer)
         self.store = store_for(layer, plan.densities, self.scan)
         differentiable = plan.dynamics.spikes and plan.surrogate.differentiable
-        self.keep_active = differentiable and plan.surrogate.bounded and not self._needs_places(plan)
+        compress = differentiable and not self._needs_places(plan) and (plan.surrogate.bounded or plan.inhibition)
+        self.keep_active = compress and not plan.inhibition  # which has active sites of its own
+        self.scan.needs_scratch &= self.keep_active
         learns = bool(learned & set(plan.dynamics.needs_membrane))
-        self.keep_membrane = learns or (differentiable and not self.keep_active)
+        self.keep_membrane = learns or (differentiable and not compress)
+        keep_values = compress and not self.keep_membrane
+        self.inhibition = Inhibition(layer, keep_values) if plan.inhibition else None
         self.keep_traces = [trace.always or bool(learned & set(trace.parameters)) for trace in plan.dynamics.traces]
         # A lane takes over after the first step, with memory of its own.
         first_steps = 1 if plan.lane_serves(layer.device) else RasterArena.FIRST_STEPS
@@ -149,7 +159,7 @@ class Recorder:
     @staticmethod
     def _scan(plan: Plan, layer: Layer) -> ForwardScan:
         if plan.recurrence is not None:
-            return RecurrentScan(layer, plan.recurrence, plan.options, plan.precompute)
+            return RecurrentScan(layer, plan.recurrence, plan.options, plan.unit_spikes, plan.precompute)
         return ForwardScan(layer) if plan.precompute is None else SteppedScan(layer, plan.precompute)
 
     def _needs_places(self, plan: Plan) -> bool:
@@ -164,6 +174,7 @@ class Recorder:
             first: whether the sequence begins here, so that who is reset in this step has to be recorded.
             spikes: those of the step before, where they are known and the layer is recurrent.
         """
+        assert steps is None or self.inhibition is None
         layer, dynamics = self.layer, self.dynamics
         count = steps or 1
         shape = layer.shape if steps is None else torch.Size((count, *layer.shape))
@@ -180,14 +191,17 @@ class Recorder:
             output = finals[0]  # an integrator returns its state itself
         raster = active = reset = offsets = 0
         if dynamics.spikes:
-            block.raster, raster = self._rasters.take(count)
+            if self.inhibition is not None:  # what the scan and backward take for spikes decides about resets only
+                raster = self.inhibition.begin(block)
+            else:
+                block.raster, raster = self._rasters.take(count)
             if self.keep_active:
                 block.active, active = self._active.take(count)
             if dynamics.late_reset:
                 block.reset, reset = self._resets.take(count)
-        if self.keep_membrane or (block.active is not None and self.store.dense):
+        if self.keep_membrane or (self.keep_active and self.store.dense):
             block.membrane = new()
-        elif block.active is not None and self._offsets is not None:
+        elif self.keep_active and self._offsets is not None:
             block.offsets, offsets = self._offsets.take(count)
         block.traces = tuple(new() if keep else None for keep in self.keep_traces)
         # In the order of ForwardScan.TABLES.
@@ -212,7 +226,12 @@ class Recorder:
             self.scan.enter(states[0], finals[0], given[0] if given else None)
         if isinstance(self.scan, RecurrentScan):
             self.scan.begin(self._ready(states[-1], layer.shape), spikes, output if steps is not None else None)
-        self.store.run(block, pointers, [s.data_ptr() for s in before], [s.data_ptr() for s in finals], inputs)
+        state_in, state_out = [s.data_ptr() for s in before], [s.data_ptr() for s in finals]
+        if self.inhibition is None:
+            self.store.run(block, pointers, state_in, state_out, inputs)
+        else:
+            self.scan.run(1, pointers, state_in, state_out)
+            pointers[_ACTIVE], pointers[_OFFSETS] = self.inhibition.suppress(block, finals[0], output)
         if isinstance(self.scan, RecurrentScan):
             self.scan.finish()
         if isinstance(self.scan, SteppedScan):
@@ -220,6 +239,8 @@ class Recorder:
         if inputs is not None:
             inputs.finish()
         counts["neuron_steps"] += count
+        if self.inhibition is not None:
+            counts["inhibited_steps"] += count
         if dynamics.recurrent:
             finals.append(output if steps is None else output[-1].clone())
         return Result(block, output, finals, recorded, pointers)

@@ -28,16 +28,18 @@ class RecurrentScan(SteppedScan):
     Args:
         recurrence: how its spikes drive it.
         options: tell whether the product may add in an order of its own.
+        unit_spikes: spikes are exactly 0 and 1.
         precompute: see :class:`SteppedScan`.
     """
 
-    def __init__(self, layer: Layer, recurrence: Recurrence, options: Options, precompute: Precompute | None) -> None:
+    def __init__(self, layer: Layer, recurrence: Recurrence, options: Options, unit_spikes: bool,
+                 precompute: Precompute | None) -> None:
         super().__init__(layer, precompute)
         self._recurrence = recurrence
         self._current = layer.empty()  # of the recurrence, in the next step
         self._slot = (ctypes.c_void_p * 1)(self._current.data_ptr())
         self.arguments.recurrent = ctypes.addressof(self._slot)
-        self.product = self._by_events(options)
+        self.product = self._by_events(options) if unit_spikes else None
         self._spikes: torch.Tensor | None = None
         self._raster: Raster | None = None
         self._outputs: torch.Tensor | None = None
@@ -120,7 +122,7 @@ class RecurrentScan(SteppedScan):
 
 
 def backward(scan: BackwardScan, recurrence: Recurrence, tiles: torch.Tensor | None, grad_input: torch.Tensor,
-             carry: Sequence[torch.Tensor]) -> None:
+             carry: Sequence[torch.Tensor], winners: Sequence[torch.Tensor] | None = None) -> None:
     """The backward scan of a recurrent layer.
 
     Args:
@@ -128,6 +130,7 @@ def backward(scan: BackwardScan, recurrence: Recurrence, tiles: torch.Tensor | N
         tiles: CPU: its weight packed, where gradients through it are wanted at active sites only.
         grad_input: ``[T * B, N]``, filled.
         carry: gradients of the states before the first step, filled.
+        winners: the only neurons ``[B, 1]`` whose spikes pass gradients on, of each step; None: the scan knows.
     """
     layer = scan.layer
     if tiles is not None:
@@ -146,3 +149,6 @@ def backward(scan: BackwardScan, recurrence: Recurrence, tiles: torch.Tensor | N
         scan.run_one(step, grad, through, carry)
         if step:
             through = recurrence.through(grad.view(layer.rows_shape)).contiguous()
+            if winners is not None:
+                index = winners[step - 1]
+                through = torch.zeros_like(through).scatter_(1, index, through.gather(1, index))

@@ -140,7 +140,7 @@ class ForwardScan:
         self._states = len(layer.dynamics.carried)
         self._state_in, self._state_out = self.arguments.state_in, self.arguments.state_out
         self._scratch: torch.Tensor | None = None
-        self._needs_scratch = not event_parallel(layer.device)
+        self.needs_scratch = not event_parallel(layer.device)  # if active sites are recorded
         self.steps = 0
 
     def drop_scratch(self) -> None:
@@ -186,7 +186,7 @@ class ForwardScan:
             self._point(*wanted)
         elif wanted != self._range:
             self._point(*wanted)
-        if self._needs_scratch and self._scratch is None:
+        if self.needs_scratch and self._scratch is None:
             layer = self._layer
             self._scratch = torch.empty(layer.rows * layer.words * TILE, dtype=layer.dtype, device=layer.device)
             self.arguments.scratch = self._scratch.data_ptr()

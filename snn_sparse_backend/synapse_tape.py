@@ -59,6 +59,7 @@ class SynapseTape(Tape):
         self.current: torch.Tensor | None = None  # its current, an alias, to be copied while the input stays the same
         self.current_version = 0
         self.product: kernels.SynapseForward | None = None
+        self._finite: bool | None = None  # all weights, once somebody has asked
 
     def _versions(self) -> tuple[int, int]:
         return self.weight._version, self.bias._version if self.bias is not None else 0
@@ -131,8 +132,10 @@ class SynapseTape(Tape):
     def _sparse_currents(self, x: torch.Tensor, entry: Entry, defer: bool, rows: int | None) -> torch.Tensor | None:
         raster, factors = entry.raster, None
         in_order = self.options.forward != "sparse"
-        # One step after another is left to the lane, which has the weights packed.
-        if in_order and (x.dim() < 3 or event_parallel(x.device) or not x.is_contiguous()):
+        # One step after another is left to the lane, which has the weights packed; a layer with inhibition has none.
+        owner = self.owner() if self.owner is not None else None
+        of_lane = x.dim() < 3 and (owner is None or not owner.plan.inhibition)
+        if in_order and (of_lane or event_parallel(x.device) or not x.is_contiguous()):
             return None
         if raster is not None and not self._pays(kernels.density(raster), "forward", raster.rows, unknown=True):
             return None
@@ -160,7 +163,9 @@ class SynapseTape(Tape):
             return None
         outputs, inputs = self.weight.shape
         order = order_of(rows, inputs, outputs, self.weight.dtype, self.bias is not None)
-        return order if order is not None and finite(self.weight.detach()) else None
+        if order is not None and self._finite is None:
+            self._finite = finite(self.weight.detach())
+        return order if self._finite else None
 
     def _pays(self, density: float | None, product: str, rows: int, unknown: bool = False) -> bool:
         """Whether a product is better done event by event; ``unknown`` is the answer where the density is not known."""

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .build import load_node
+from .inhibition import winners_of
+from .native import event_parallel
 from .raster import RasterStack
 from .recorder import Result
 from .scans import ForwardScan, Table, step_pointers
@@ -150,22 +152,28 @@ class Incoming:
         dense: dict[int, torch.Tensor] = {}
         at_active: dict[int, torch.Tensor] = {}
         dtype = tape.layer.dtype
+        # On CUDA the scan itself takes dense gradients at active sites only.
+        self._from_winners = tape.plan.inhibition and not event_parallel(tape.layer.device)
         for output, grad in enumerate(grads):
             if grad is None:
                 continue
             kind, index = tape.outputs[output]
             if grad.dtype is not dtype:
                 grad = grad.to(dtype)
-            if kind == 0:
+            if kind == 0 and self._from_winners:
+                at_active[index] = self._of_winners([index], grad)
+            elif kind == 0:
                 dense[index] = grad
             elif kind > len(self._states):
                 ends.append((index, grad))
             else:
                 self._set_state(kind - 1, index, grad)
         deliveries = tape.accept_deliveries(self.task)
+        if self._from_winners:
+            deliveries = [self._delivered_to_winners(delivery) for delivery in deliveries]
         for index, grad in ends:
             dense[index] = self._with_end(dense.get(index), index, grad)
-        if len(deliveries) != 1 or dense or not self._set_all(deliveries[0]):
+        if len(deliveries) != 1 or dense or at_active or not self._set_all(deliveries[0]):
             for delivery in deliveries:
                 self._unpack(delivery, dense, at_active)
         for found, table in ((dense, self._output), (at_active, self._active)):
@@ -175,6 +183,16 @@ class Incoming:
         self.last_states = [_last(table) for table in self._states]
         self.last_states += [self.last_output] * (len(dynamics.states) - len(self._states))
         self.steps = max(self.last_output, *self.last_states) + 1
+
+    def _of_winners(self, blocks: Sequence[int], grad: torch.Tensor) -> torch.Tensor:
+        """The gradient at the active sites of some blocks of a layer with inhibition: of its winners."""
+        winners = torch.cat(winners_of(map(self._tape.blocks.__getitem__, blocks)))
+        return grad.reshape(-1, self._tape.layer.cols).gather(1, winners).view(-1)
+
+    def _delivered_to_winners(self, delivery: Delivery) -> Delivery:
+        if delivery.dense is None:
+            return delivery
+        return Delivery(delivery.task, delivery.blocks, active=self._of_winners(delivery.blocks, delivery.dense))
 
     def _with_end(self, grad: torch.Tensor | None, index: int, end: torch.Tensor) -> torch.Tensor:
         """The gradient of a block's outputs ``[T, B, ...]``, and that of its last one added."""

@@ -85,7 +85,7 @@ def other_reset(delay: bool) -> snn.Leaky:
 
 
 SETTINGS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "inhibition": (lambda: snn.Leaky(0.9, inhibition=True), "Leaky.*inhibition"),
+    "inhibition": (lambda: snn.Leaky(0.9, inhibition=True, reset_delay=False), "Leaky.*inhibition with reset_delay"),
     "quantised": (lambda: snn.Leaky(0.9, state_quant=lambda m: m + (m.round() - m).detach()), "Leaky.*quantised"),
     "custom surrogate": (lambda: snn.Leaky(0.9, spike_grad=surrogate.custom_surrogate(lambda x, g, s: g * s)),
                          "Leaky.*surrogate custom_surrogate"),

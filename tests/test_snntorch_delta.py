@@ -117,6 +117,21 @@ def test_a_threshold_that_is_a_tensor_is_left_to_the_host() -> None:
         assert_same(program, fused=False)
 
 
+def test_inhibition_is_ignored() -> None:
+    """As the host does."""
+
+    def program(side: Side) -> None:
+        lif, x = snn.DeltaLeaky(0.3, beta=0.9), torch.randn(2, 5, requires_grad=True)
+        lif.inhibition = True
+        spk, (mem, _) = lif(x, (None, None))
+        assert (spk.sum(1) > 1).any()
+        side.output("spk", spk)
+        (spk * torch.randn(2, 5)).sum().backward()
+        side.collect(lif, x=x)
+
+    assert_same(program)
+
+
 def test_without_states_the_host_raises_its_own_error() -> None:
     def program(side: Side) -> None:
         with pytest.raises(TypeError, match="`mem` must be provided"):

@@ -111,6 +111,7 @@ class Layer:
     state: str  # passed, kept, hidden
     initial: str  # none, given, learned
     recurrence: str  # linear, conv, one, vector
+    inhibition: bool
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -121,12 +122,17 @@ class Layer:
         return self.bias is not False and not (self.recurrence == "one" and isinstance(self.alpha.value, int))
 
     @property
+    def learns_factor(self) -> bool:
+        return self.factor.learn and (self.kind == "Leaky" or self.factor.value != 1)
+
+    @property
     def learns(self) -> bool:
         """Whether some parameter or state of the neuron requires grad."""
-        own = {"Leaky": self.beta.learn or self.factor.learn, "Synaptic": self.beta.learn or self.alpha.learn,
+        own = {"Leaky": self.beta.learn, "Synaptic": self.beta.learn or self.alpha.learn,
                "Lapicque": False, "Alpha": self.beta.wanted, "RLeaky": self.beta.learn or self.learns_recurrence,
                "RSynaptic": self.beta.learn or self.alpha.learn or self.learns_recurrence}[self.kind]
-        return own or self.threshold.learn or self.initial == "learned"
+        factor = self.learns_factor and not self.inhibition
+        return own or factor or self.threshold.learn or self.initial == "learned"
 
 
 @dataclass
@@ -167,13 +173,14 @@ sizes = st.one_of(st.integers(1, 12), st.sampled_from([63, 64, 65, 127, 128, 129
 @st.composite
 def layers(draw: st.DrawFn, size: int, bias: bool | None, vector: bool, dimensions: int) -> Layer:
     shapes = ("number", "scalar", "one", "neurons") if vector else ("number", "scalar")
+    inhibition = dimensions == 2 and draw(st.integers(0, 3)) == 0
     return Layer(
         kind=draw(st.sampled_from(("Leaky", "Leaky", "Synaptic", "Lapicque", "Alpha", "RLeaky", "RLeaky",
                                    "RSynaptic"))),
         size=size,
         bias=bias,
         reset=draw(st.sampled_from(RESETS)),
-        delay=draw(st.booleans()),
+        delay=draw(st.booleans()) or inhibition,
         surrogate=draw(surrogates()),
         alpha=draw(parameters(st.one_of(st.floats(0, 1), st.sampled_from([1.2, 1.0, 0])), shapes)),
         beta=draw(parameters(st.one_of(st.floats(0, 1), st.sampled_from([-0.2, 1.3, 0, 1, 0.0, 1.0])), shapes)),
@@ -183,6 +190,7 @@ def layers(draw: st.DrawFn, size: int, bias: bool | None, vector: bool, dimensio
         initial=draw(st.sampled_from(("none", "given", "learned"))),
         recurrence=draw(st.sampled_from({0: ("one",), 1: ("linear", "vector"), 2: ("linear", "linear", "one", "vector"),
                                          4: ("conv", "one")}.get(dimensions, ("one", "vector")))),
+        inhibition=inhibition,
     )
 
 
@@ -246,8 +254,8 @@ def make_neuron(layer: Layer, side: Side) -> Any:
         return snn.Leaky(**options, graded_spikes_factor=layer.factor.make(layer.size),
                          learn_graded_spikes_factor=layer.factor.learn)
     if layer.kind == "RLeaky":
-        return snn.RLeaky(**options)
-    if layer.kind in ("Synaptic", "RSynaptic"):
+        neuron = snn.RLeaky(**options)
+    elif layer.kind in ("Synaptic", "RSynaptic"):
         neuron = getattr(snn, layer.kind)(**options, alpha=layer.alpha.make(layer.size), learn_alpha=layer.alpha.learn)
     elif layer.kind == "Lapicque":
         value = min(float(layer.alpha.value), 1.0)
@@ -258,8 +266,12 @@ def make_neuron(layer: Layer, side: Side) -> Any:
         beta = torch.as_tensor(beta, dtype=torch.get_default_dtype()).clamp(0.05, 0.8)
         neuron = snn.Alpha(**options, alpha=0.82 + 0.17 * min(layer.alpha.value, 1), beta=beta,
                            learn_beta=layer.beta.wanted)
-    if layer.factor.value != 1 and layer.kind != "RSynaptic":
-        neuron.graded_spikes_factor = torch.as_tensor(layer.factor.make(layer.size))
+    if layer.factor.value != 1:
+        factor = torch.as_tensor(layer.factor.make(layer.size))
+        if layer.learns_factor:
+            del neuron.graded_spikes_factor
+            factor = nn.Parameter(factor)
+        neuron.graded_spikes_factor = factor
     return neuron
 
 
@@ -290,6 +302,7 @@ def unroll(case: Case) -> Callable[[Side], None]:
         states: list[Any] = []
         initial: dict[str, Tensor] = {}
         for i, layer in enumerate(case.layers):
+            neurons[i].inhibition = layer.inhibition  # so that nobody is warned that it is unstable
             linear.append(nn.Identity() if layer.bias is None else nn.Linear(inputs, layer.size, bias=layer.bias))
             if layer.bias is not None:
                 nn.init.uniform_(linear[i].weight, -case.gain * inputs**-0.5, case.gain * inputs**-0.5)
@@ -360,7 +373,7 @@ def test_sparse_and_dense_products_were_all_hit() -> None:
     if not hit:
         pytest.skip("counts what the tests above ran")
     on_the_cpu = () if cuda_kernels() else ("recurrent_gradient_sparse", "recurrent_sparse")
-    assert hit["derivatives_given"] > 1000
+    assert hit["derivatives_given"] > 1000 and hit["inhibited_steps"] > 1000
     for product in ("weight_gradient_sparse", "weight_gradient_dense", "input_gradient_sparse", "input_gradient_dense",
                     "forward_sparse", "recurrent_gradient_dense", *on_the_cpu):
         assert hit[product] > 20, f"{product}: {hit[product]} times only: {hit}"
