@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .bench import DEFAULT_OUT, LIBRARIES, PRESET_NAMES, SWEEPS, ChildError, NoGpuError
+from .bench import DEFAULT_OUT, LIBRARIES, PRESET_NAMES, SWEEPS, ChildError, NoCaseError, NoGpuError
 
 PROGRAM = "snn_sparse_backend"
 # What a missing import is called by pip; anything else that is missing is an error of ours.
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if missing not in _INSTALL:
             raise
         print(f"{PROGRAM} {args.command}: {missing} is not installed: pip install {_INSTALL[missing]}", file=sys.stderr)
-    except (BuildError, NoGpuError, ChildError) as error:
+    except (BuildError, NoCaseError, NoGpuError, ChildError) as error:
         print(f"{PROGRAM} {args.command}: {error}", file=sys.stderr)
     return 2
 
@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR",
                        help=f"where JSON and picture go (default: {DEFAULT_OUT})")
     bench.add_argument("--library", choices=LIBRARIES, action="append", help="only this (default: both)")
+    bench.add_argument("--only", metavar="TEXT", help="only networks with this in their name, as in 4096-4096")
     bench.add_argument("--compile-seconds", type=float, default=120.0, metavar="S",
                        help="how long torch.compile may take for the baseline; 0: leave it out (default: 120)")
     bench.add_argument("--seconds", type=float, metavar="S", help="no network is begun later than that")
@@ -139,7 +140,8 @@ def _bench(args: argparse.Namespace) -> int:
         swept = [run_sweep(name, args.out, threads, args.device, quick, args.seconds) for name in args.sweep]
         return 1 if any(results["failed"] for results in swept) else 0
     results = run(args.preset, args.out, threads=threads, compile_seconds=args.compile_seconds,
-                  libraries=tuple(args.library or LIBRARIES), device=args.device, seconds=args.seconds)
+                  libraries=tuple(args.library or LIBRARIES), device=args.device, seconds=args.seconds,
+                  only=args.only)
     return 1 if results["failed"] else 0
 
 
@@ -148,6 +150,8 @@ def _for_each(args: argparse.Namespace) -> list[str]:
     given = ["--device", args.device, "--compile-seconds", str(args.compile_seconds)]
     if args.preset:
         given += ["--preset", args.preset]
+    if args.only:
+        given += ["--only", args.only]
     for library in args.library or ():
         given += ["--library", library]
     return [*given, *(["--sweep", *args.sweep] if args.sweep else [])]

@@ -270,6 +270,14 @@ def test_each_number_of_threads_has_a_process_of_its_own(tmp_path: Path) -> None
     assert (tmp_path / "threads-2" / "sweep-batch.png").exists()
 
 
+def test_only_some_networks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = ["bench", "--preset", "quick", "--out", str(tmp_path), "--compile-seconds", "0"]
+    assert main([*quick, "--only", "4096"]) == 2
+    assert "leave none of\n  snntorch 50-" in capsys.readouterr().err
+    assert main([*quick, "--only", "snntorch 50-"]) == 0
+    assert [case["library"] for case in json.loads((tmp_path / "bench.json").read_text())["cases"]] == ["snntorch"]
+
+
 def test_a_process_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                               capsys: pytest.CaptureFixture[str]) -> None:
     commands: list[list[str]] = []
@@ -279,8 +287,9 @@ def test_a_process_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         return SimpleNamespace(returncode=2)
 
     monkeypatch.setattr(subprocess, "run", run)
-    assert main(["bench", "--threads", "1", "2", "--library", "norse", "--out", str(tmp_path)]) == 2
+    assert main(["bench", "--threads", "1", "2", "--library", "norse", "--only", "2048", "--out", str(tmp_path)]) == 2
     assert len(commands) == 1 and commands[0][commands[0].index("--library") + 1] == "norse"
+    assert commands[0][commands[0].index("--only") + 1] == "2048"
     assert "1 thread(s) ended with code 2" in capsys.readouterr().err
 
 

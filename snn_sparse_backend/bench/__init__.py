@@ -32,13 +32,17 @@ class NoGpuError(RuntimeError):
     """A GPU was asked for, and torch sees none."""
 
 
+class NoCaseError(RuntimeError):
+    """No network of the preset is wanted."""
+
+
 class ChildError(RuntimeError):
     """The process for one number of threads failed."""
 
 
 def run(preset: str | None = None, out: Path = DEFAULT_OUT, threads: int | None = None,
         compile_seconds: float = 120.0, libraries: tuple[str, ...] = LIBRARIES, device: str = "cpu",
-        seconds: float | None = None) -> dict[str, Any]:
+        seconds: float | None = None, only: str | None = None) -> dict[str, Any]:
     """Measures, prints tables, and writes ``bench.json``, ``bench.png`` (times) and ``memory.png``.
 
     The JSON is written after each case, so that nothing is lost when a run is cut short.
@@ -51,12 +55,14 @@ def run(preset: str | None = None, out: Path = DEFAULT_OUT, threads: int | None 
         libraries: cases of others are left out.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
         seconds: no case begins later than that.
+        only: cases without this in their names are left out.
 
     Returns:
         What is in the JSON: ``cases``, and the names of those that ``failed`` or were ``left_out``.
 
     Raises:
         NoGpuError: if torch does not see that device.
+        NoCaseError: if no case is left.
     """
     from .cases import PRESETS
     from .pictures import draw_memory, draw_times
@@ -65,7 +71,10 @@ def run(preset: str | None = None, out: Path = DEFAULT_OUT, threads: int | None 
     console = make_console()
     with _prepared(device, threads) as where:
         preset = preset or DEFAULT_PRESETS[where.type]
-        cases = [case for case in PRESETS[preset] if case.library in libraries]
+        cases = [case for case in PRESETS[preset] if case.library in libraries and (only or "") in case.name]
+        if not cases:
+            names = "\n".join(f"  {case.name}" for case in PRESETS[preset])
+            raise NoCaseError(f"nothing to measure: --library and --only leave none of\n{names}")
         results = _measure({"preset": preset}, cases, where, out / "bench.json", compile_seconds, seconds,
                            lambda case, figures: print_case(figures, console), console)
     if results["cases"]:
