@@ -126,14 +126,16 @@ def _parameter_problem(shape: torch.Size, dtype: torch.dtype, x: torch.Tensor, t
 
 def _make_plan(kind: Kind, dynamics: Dynamics, module: Any, options: Options, tensors: list[torch.Tensor],
                method: str, alpha: Any) -> Plan | None:
-    dt = module.dt
+    p, dt = module.p, module.dt
     derive = partial(kind.derive, tensors, dt)
     own = module.__dict__
+    # A lane looks at p as a whole, so that its members have to stay what they are.
+    constant = own.get("p") is p and isinstance(p, tuple) and isinstance(kind.core(p), tuple)
     watched = [t for t in (*tensors, alpha, dt) if isinstance(t, torch.Tensor)]
     guard = (*(("attribute", name, own.get(name)) for name in ("p", "dt", "activation")),
              *(("tensor", t) for t in watched))
     shared: dict[str, Any] = {"densities": densities_of(module), "guard": guard,
-                              "module": weakref.ref(module) if own.get("p") is module.p else None}
+                              "module": weakref.ref(module) if constant else None}
     if not dynamics.spikes:
         return Plan(dynamics, NO_GRADIENT, options, tuple(tensors), derive, **shared)
     surrogate = surrogate_of(method, float(alpha.detach() if isinstance(alpha, torch.Tensor) else alpha))
