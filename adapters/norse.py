@@ -41,6 +41,13 @@ from .support import Bystanders, OwnForward
 
 LIBRARY = "norse"
 probe = Probe(LIBRARY)
+# Classes whose step is that of a LIF, or begins with it.
+_OF_LIF, _OF_RECURRENT_LIF = (
+    tuple(host for name in names if (host := host_class(name)) is not None) for names in (
+        ("LIF", "LIFCell", "LIFRefracCell"),
+        ("LIFRecurrent", "LIFRecurrentCell", "LIFRefracRecurrent", "LIFRefracRecurrentCell"),
+    )
+)
 _STOCK: dict[type, Any] = {host: host.forward for host in KINDS}  # type: ignore[attr-defined]  # as imported
 
 
@@ -105,7 +112,8 @@ def _forward(self: Any, host: Any, x: torch.Tensor, state: Any, sequence: bool) 
         return host(self, x, state)
     given = state is not None
     if not given:
-        state = _on_device(kind.initial(self, x) if kind.initial is not None else self.state_fallback(x), x.device)
+        initial = kind.initial(self, x) if kind.initial is not None else self.state_fallback(x)
+        state = _on_device(kind, initial, x.device)
     shape = x.shape[1:] if sequence else x.shape
     if kind.weights:
         shape = torch.Size((*shape[:-1], len(self.input_weights)))
@@ -128,12 +136,12 @@ def _forward(self: Any, host: Any, x: torch.Tensor, state: Any, sequence: bool) 
     return result.output, kind.tuple_of(result.recorded if record else result.finals)
 
 
-def _on_device(state: Any, device: torch.device) -> Any:
+def _on_device(kind: Kind, state: Any, device: torch.device) -> Any:
     """Norse's own initial state. Its membrane may be a scalar on the CPU, whose gradient one would have to wait for."""
-    v = state.v
+    v, *others = kind.states(state)
     if v.device == device or v.dim():
         return state
-    return state._replace(v=filled(v, v.shape, v.dtype, device).requires_grad_(v.requires_grad))
+    return kind.tuple_of([filled(v, v.shape, v.dtype, device).requires_grad_(v.requires_grad), *others])
 
 
 def _problem(module: Any, kind: Kind | None, x: torch.Tensor, sequence: bool) -> str | None:
@@ -153,19 +161,20 @@ def _problem(module: Any, kind: Kind | None, x: torch.Tensor, sequence: bool) ->
             return problem
     if getattr(module, "activation", kind.activation) is not kind.activation:
         return "its activation is not the library's feed-forward step"
-    return _version_problem(module)
+    return _version_problem(kind, module)
 
 
-def _version_problem(module: Any) -> str | None:
+def _version_problem(kind: Kind, module: Any) -> str | None:
     """Why the step of the installed version is not the one that the kernels compute."""
-    if isinstance(module, (stock.LIF, stock.LIFCell)) and not input_drives_membrane_at_once():
+    if isinstance(module, _OF_LIF) and not input_drives_membrane_at_once():
         return "this version of Norse orders the LIF step differently"
-    if isinstance(module, (stock.LIFRecurrent, stock.LIFRecurrentCell)) and recurrent_step_is_compiled():
+    if isinstance(module, _OF_RECURRENT_LIF) and recurrent_step_is_compiled():
         return "this version of Norse compiles the recurrent LIF step, which then rounds differently from call to call"
     if not probe.wanted:
         return None
     host = _host_of(module)
-    key = host, getattr(module.p, "method", None), getattr(module.p, "reset_method", None)
+    core = kind.core(module.p)
+    key = host, getattr(core, "method", None), getattr(core, "reset_method", None)
     sequence = issubclass(host, (SNN, SNNRecurrent))
     return probe.problem(key, lambda: trials(KINDS[host], host, sequence, _forward_of(host), _STOCK[host], module.p))
 
@@ -184,7 +193,7 @@ def _differentiable(kind: Kind, module: Any, plan: Plan, x: torch.Tensor, states
 
 def spikes(module: Any) -> bool:
     """Whether a supported module emits spikes (an integrator does not)."""
-    return hasattr(module.p, "v_th")
+    return hasattr(getattr(module.p, "lif", module.p), "v_th")
 
 
 # ---------------------------------------------------------------------------------------------------- classes
@@ -283,7 +292,8 @@ def _forward_of(host: type) -> Any:
 
 
 for _name in ("IAF", "IAFCell", "LIBoxCell", "LIFBox", "LIBox", "LIFEx", "LIFExCell", "LIFExRecurrent",
-              "LIFExRecurrentCell", "LIFAdEx", "LIFAdExCell", "LIFAdExRecurrent", "LIFAdExRecurrentCell"):
+              "LIFExRecurrentCell", "LIFAdEx", "LIFAdExCell", "LIFAdExRecurrent", "LIFAdExRecurrentCell",
+              "LIFRefracCell", "LIFRefracRecurrent", "LIFRefracRecurrentCell"):
     _swap_in(_name)
 
 __all__ = sorted(cls.__name__ for cls in _SWAPPED.values())

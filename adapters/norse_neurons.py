@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from ..dynamics import (
     LIF_EX,
     LIF_EX_RECURRENT,
     LIF_RECURRENT,
+    LIF_REFRAC,
+    LIF_REFRAC_RECURRENT,
     LSNN,
     LSNN_RECURRENT,
     Dynamics,
@@ -39,6 +41,7 @@ def _if_there(name: str) -> Any:
 
 
 _lif = import_module("norse.torch.functional.lif")
+_refrac = import_module("norse.torch.functional.lif_refrac")
 _li = import_module("norse.torch.functional.leaky_integrator")
 _box = import_module("norse.torch.functional.lif_box")
 _li_box = _if_there("norse.torch.functional.leaky_integrator_box")
@@ -80,6 +83,11 @@ class Kind:
     weights: tuple[str, ...] = ()
     initial: Callable[[Any, Tensor], Any] | None = None
     precompute: Callable[[Any], Precompute] | None = None
+    counter: ClassVar[str | None] = None  # the state that a refractory neuron counts with
+
+    def core(self, p: Any) -> Any:
+        """What has the method among the parameters of a module."""
+        return p
 
     def tensors(self, p: Any) -> list[Any]:
         """The parameters of a module."""
@@ -93,6 +101,10 @@ class Kind:
         """The tuple of states in the order of the dynamics."""
         return self.state(**dict(zip(self.order, states, strict=True)))
 
+    def replaced(self, p: Any, values: dict[str, Any]) -> Any:
+        """The parameters of a module with other values of some."""
+        return p._replace(**values)
+
     @property
     def recurrent(self) -> bool:
         """Whether its spikes drive its next step."""
@@ -102,6 +114,36 @@ class Kind:
         """The parameters of the dynamics."""
         factors = {1: dt, -1: -dt}
         return tuple(factors[rate] * t if rate else t for rate, t in zip(self.rates, tensors, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class RefractoryKind(Kind):
+    """A class whose states and parameters are a counter's, and in a tuple of their own, ``lif``, those of a LIF.
+
+    Args:
+        inner: that tuple of the states.
+    """
+
+    inner: Any = None
+    counter: ClassVar[str | None] = "rho"
+    own: ClassVar[tuple[str, str]] = ("rho", "rho_reset")
+
+    def core(self, p: Any) -> Any:
+        return p.lif
+
+    def tensors(self, p: Any) -> list[Any]:
+        return [getattr(p if name in self.own else p.lif, name) for name in self.parameters]
+
+    def states(self, state: Any) -> list[Any]:
+        return [getattr(state if name in self.own else state.lif, name) for name in self.order]
+
+    def tuple_of(self, states: Sequence[Tensor]) -> Any:
+        named = dict(zip(self.order, states, strict=True))
+        return self.state(rho=named.pop("rho"), lif=self.inner(**named))
+
+    def replaced(self, p: Any, values: dict[str, Any]) -> Any:
+        own = {name: values[name] for name in self.own if name in values}
+        return p._replace(**own, lif=p.lif._replace(**{k: v for k, v in values.items() if k not in own}))
 
 
 def _box_dynamics(p: Any) -> Dynamics | None:
@@ -155,6 +197,12 @@ _EX_RECURRENT = replace(_EX, state=_ex.LIFExState, order=("v", "i", "z"), dynami
                         activation=_ex.lif_ex_step, weights=_WEIGHTS)
 _ADEX_RECURRENT = replace(_ADEX, state=_adex.LIFAdExState, order=("v", "i", "a", "z"),
                           dynamics=lambda p: LIF_ADEX_RECURRENT, activation=_adex.lif_adex_step, weights=_WEIGHTS)
+_LIF_REFRAC = RefractoryKind(_refrac.LIFRefracFeedForwardState, (*_LIF.order, "rho"), (*_LIF.parameters, "rho_reset"),
+                             lambda p: LIF_REFRAC, _refrac.lif_refrac_feed_forward_step, (*_LIF.rates, 0), _LEAK, "i",
+                             inner=_LIF.state)
+_LIF_REFRAC_RECURRENT = replace(_LIF_REFRAC, state=_refrac.LIFRefracState, inner=_LIF_RECURRENT.state,
+                                order=(*_LIF_REFRAC.order, "z"), dynamics=lambda p: LIF_REFRAC_RECURRENT,
+                                activation=_refrac.lif_refrac_step, weights=_WEIGHTS)
 
 
 def host_class(name: str) -> Any:
@@ -176,5 +224,7 @@ _NAMES = {
     "LSNNRecurrent": _LSNN_RECURRENT, "LSNNRecurrentCell": _LSNN_RECURRENT, "LIFEx": _EX, "LIFExCell": _EX,
     "LIFAdEx": _ADEX, "LIFAdExCell": _ADEX, "LIFExRecurrent": _EX_RECURRENT, "LIFExRecurrentCell": _EX_RECURRENT,
     "LIFAdExRecurrent": _ADEX_RECURRENT, "LIFAdExRecurrentCell": _ADEX_RECURRENT,
+    "LIFRefracCell": _LIF_REFRAC, "LIFRefracRecurrent": _LIF_REFRAC_RECURRENT,
+    "LIFRefracRecurrentCell": _LIF_REFRAC_RECURRENT,
 }
 KINDS: dict[type, Kind] = {host: kind for name, kind in _NAMES.items() if (host := host_class(name)) is not None}

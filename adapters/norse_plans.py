@@ -32,18 +32,18 @@ def plan_of(kind: Kind, module: Any, options: Options, shape: torch.Size, x: tor
         given: whether the user gave the state, rather than Norse's default.
     """
     p = module.p
-    tensors, states = kind.tensors(p), kind.states(state)
+    tensors, states, core = kind.tensors(p), kind.states(state), kind.core(p)
     if not all(isinstance(t, torch.Tensor) for t in (*tensors, *states)):
         return None, "its parameters or states are not all tensors"
-    dtype = computing_dtype(x, [] if kind.current is None else [getattr(state, kind.current)])
+    dtype = computing_dtype(x, [s for s, name in zip(states, kind.order, strict=True) if name == kind.current])
     problem = (_state_problem(kind, shape, dtype, x, states)
-               or _dtype_problem(kind, shape, dtype, x, state, tensors, given))
+               or _dtype_problem(kind, shape, dtype, x, states, tensors, given))
     if problem is not None:
         return None, problem
-    dynamics, reset = kind.dynamics(p), getattr(p, "reset_method", None)
+    dynamics, reset = kind.dynamics(p), getattr(core, "reset_method", None)
     if dynamics is None:
         return None, "its reset method is not the library's"
-    method, alpha = getattr(p, "method", ""), getattr(p, "alpha", 0.0)
+    method, alpha = getattr(core, "method", ""), getattr(core, "alpha", 0.0)
     weights = [getattr(module, name) for name in kind.weights]
     watched = [t for t in (*tensors, alpha, module.dt, *weights) if isinstance(t, torch.Tensor)]
     if any(t.is_inference() for t in watched):
@@ -79,20 +79,22 @@ def _state_problem(kind: Kind, shape: torch.Size, dtype: torch.dtype, x: torch.T
     return None
 
 
-def _dtype_problem(kind: Kind, shape: torch.Size, dtype: torch.dtype, x: torch.Tensor, state: Any,
+def _dtype_problem(kind: Kind, shape: torch.Size, dtype: torch.dtype, x: torch.Tensor, states: list[torch.Tensor],
                    tensors: list[torch.Tensor], given: bool) -> str | None:
     """Why mixed dtypes would round otherwise than in Norse, where each operation has the dtype of its operands."""
-    states = kind.states(state)
     if not shape and any(t.dtype is not dtype for t in (x, *states, *tensors)):
         return "a step without dimensions mixes dtypes"
     for parameter_name, state_name in kind.differences:
-        parameter, value = tensors[kind.parameters.index(parameter_name)], getattr(state, state_name)
+        parameter, value = tensors[kind.parameters.index(parameter_name)], states[kind.order.index(state_name)]
         if (value.dtype is dtype and parameter.dtype is dtype) or torch.result_type(parameter, value) is dtype:
             continue
         if not given and bool((parameter.double() == value.double()).all()):  # 0 in any dtype
             continue
         return (f"{state_name} of {value.dtype} and {parameter_name} of {parameter.dtype} would be subtracted in "
                 f"another dtype than {dtype}")
+    for name, state in zip(kind.order, states, strict=True):
+        if name == kind.counter and torch.promote_types(state.dtype, dtype) is not dtype:
+            return f"its {name} of {state.dtype} would count in another dtype than {dtype}"
     if given and kind.current is None and any(s.dtype is not dtype for s in states):
         return f"its states are not all of the dtype {dtype} of the input"
     return None
@@ -124,14 +126,16 @@ def _parameter_problem(shape: torch.Size, dtype: torch.dtype, x: torch.Tensor, t
 
 def _make_plan(kind: Kind, dynamics: Dynamics, module: Any, options: Options, tensors: list[torch.Tensor],
                method: str, alpha: Any) -> Plan | None:
-    dt = module.dt
+    p, dt = module.p, module.dt
     derive = partial(kind.derive, tensors, dt)
     own = module.__dict__
+    # A lane looks at p as a whole, so that its members have to stay what they are.
+    constant = own.get("p") is p and isinstance(p, tuple) and isinstance(kind.core(p), tuple)
     watched = [t for t in (*tensors, alpha, dt) if isinstance(t, torch.Tensor)]
     guard = (*(("attribute", name, own.get(name)) for name in ("p", "dt", "activation")),
              *(("tensor", t) for t in watched))
     shared: dict[str, Any] = {"densities": densities_of(module), "guard": guard,
-                              "module": weakref.ref(module) if own.get("p") is module.p else None}
+                              "module": weakref.ref(module) if constant else None}
     if not dynamics.spikes:
         return Plan(dynamics, NO_GRADIENT, options, tuple(tensors), derive, **shared)
     surrogate = surrogate_of(method, float(alpha.detach() if isinstance(alpha, torch.Tensor) else alpha))

@@ -19,7 +19,7 @@ INPUTS, NEURONS, BATCH, STEPS = 4, 6, 3, 6
 ALPHA = 2.0
 VALUES = {"tau_syn_inv": 300.0, "tau_mem_inv": 200.0, "tau_adapt_inv": 50.0, "v_leak": 0.1, "v_th": 0.4,
           "v_reset": -0.1, "beta": 0.5, "delta_T": 0.6, "tau_ada_inv": 60.0, "adaptation_current": 0.7,
-          "adaptation_spike": 0.2}
+          "adaptation_spike": 0.2, "rho_reset": 1.5}
 draw = partial(torch.rand, dtype=torch.float64)
 
 
@@ -41,13 +41,14 @@ def _play(kind: Kind, host: Any, sequence: bool, forward: Callable[..., Any], st
 
     The time steps of a sequence come in two calls.
     """
-    chosen = {name: getattr(p, name) for name in ("method", "reset_method") if hasattr(p, name)}
-    if hasattr(p, "alpha"):
+    core = kind.core(p)
+    chosen = {name: getattr(core, name) for name in ("method", "reset_method") if hasattr(core, name)}
+    if hasattr(core, "alpha"):
         chosen["alpha"] = torch.tensor(ALPHA)
     sizes = (INPUTS, NEURONS) if kind.weights else ()
     parameters = {name: torch.tensor(VALUES[name], dtype=torch.float64, requires_grad=True)
                   for name in kind.parameters}
-    layer = host(*sizes, host(*sizes).p._replace(**parameters, **chosen)).double()
+    layer = host(*sizes, kind.replaced(host(*sizes).p, {**parameters, **chosen})).double()
     linear = None if kind.weights else nn.Linear(INPUTS, NEURONS).double()
     layer.__dict__[OPTIONS] = Options()
     step, multiply = (forward, synapses.linear_forward) if fused else (stock, synapses.host_forward)
@@ -58,10 +59,10 @@ def _play(kind: Kind, host: Any, sequence: bool, forward: Callable[..., Any], st
     if linear is not None:
         leaves |= {f"Linear's {name}": parameter for name, parameter in linear.named_parameters()}
     outputs: dict[str, Tensor] = {}
-    state, loss = kind.state(**first), torch.zeros((), dtype=torch.float64)
+    state, loss = kind.tuple_of(list(first.values())), torch.zeros((), dtype=torch.float64)
     for call, part in enumerate(x.chunk(2) if sequence else x):
         out, state = step(layer, part if linear is None else multiply(linear, part), state)
-        named = {"output": out, **{name: getattr(state, name) for name in kind.order}}
+        named = {"output": out, **dict(zip(kind.order, kind.states(state), strict=True))}
         outputs |= {f"{name} of call {call}": value.detach() for name, value in named.items()}
         loss = loss + sum((value * (draw(value.shape) - 0.5)).sum() for value in named.values() if value.requires_grad)
     gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)

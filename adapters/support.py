@@ -70,8 +70,10 @@ SUPPORT = (
         "dimensions"),
     Row("norse", ("LIFAdExRefracCell", "LIFAdExRefracRecurrentCell", "LIFAdExRefracRecurrent"), False,
         "there is no kernel for an exponential neuron with a refractory period"),
-    Row("norse", ("LIFRefracCell", "LIFRefracRecurrentCell", "LIFRefracRecurrent"), False,
-        "its refractory counter has a threshold of its own"),
+    Row("norse", ("LIFRefracCell", "LIFRefracRecurrent", "LIFRefracRecurrentCell"), True,
+        f"{_METHODS}; autapses and masks; membranes are kept at every neuron, since the threshold of the refractory "
+        "counter has a derivative there; left to the host: sparse COO input, record_states, an alpha per neuron, the "
+        "steps of Norse 1.0, LIFRefracRecurrentCell without a batch"),
     Row("norse", ("Izhikevich", "IzhikevichCell", "IzhikevichRecurrent", "IzhikevichRecurrentCell", "CobaLIFCell",
                   "LIFMCRecurrentCell", "LIFMCRefracRecurrentCell", "LIFCorrelation"), False,
         "there is no kernel for its equations"),

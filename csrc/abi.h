@@ -10,7 +10,7 @@ enum SnnDtype : int32_t { kFloat32 = 0, kFloat64 = 1 };
 enum SnnModel : int32_t {
   kLeaky, kSynaptic, kLapicque, kAlpha, kRLeaky, kRSynaptic,
   kDeltaLeaky, kLif, kLi, kLifBox, kLiBox, kIaf, kLsnn, kLifRecurrent, kLsnnRecurrent,
-  kLifEx, kLifExRecurrent, kLifAdex, kLifAdexRecurrent
+  kLifEx, kLifExRecurrent, kLifAdex, kLifAdexRecurrent, kLifRefrac, kLifRefracRecurrent
 };
 enum SnnReset : int32_t { kSubtract, kZero, kNone, kValue };  // kValue: to a reset potential
 

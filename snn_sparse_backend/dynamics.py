@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-INPUT, SPIKE = "x", "spike"
+INPUT, SPIKE, REFRACTORY = "x", "spike", "refractory"
 WEIGHT, BIAS = "weight", "bias"  # of the recurrence
 
 
@@ -37,7 +37,8 @@ class Dynamics:
         parameters: names of the parameters, in the order of the struct.
         firing: what the spike of a step is computed from as autograd sees it: the input ``INPUT``, states before the
             step, parameters, ``WEIGHT`` and ``BIAS``.
-        flows: the same of the output, and of each state after a step; these may depend on the spike as well, ``SPIKE``.
+        flows: the same of the output, and of each state after a step; these may depend on the spike as well, ``SPIKE``,
+            or on who is refractory, ``REFRACTORY``.
         spikes: whether it has a threshold comparison (an integrator returns its membrane instead).
         threshold: index of the firing threshold among the parameters.
         reset: enumerator of ``SnnReset``.
@@ -49,6 +50,8 @@ class Dynamics:
         needs_membrane: parameters whose gradient needs the membrane potential of every site and step.
         traces: in the order of the struct.
         constants: parameters that have no gradient.
+        refractory: what it is computed from who is refractory, by a threshold whose surrogate derivative is wanted at
+            every site, as is the membrane then; empty where nobody ever is.
         recurrent: the spikes of a step are multiplied by a weight and drive the next. Then they are the last of the
             states, which the kernels do not have among theirs.
     """
@@ -69,6 +72,7 @@ class Dynamics:
     needs_membrane: tuple[int, ...] = ()
     traces: tuple[Trace, ...] = ()
     constants: tuple[int, ...] = ()
+    refractory: frozenset[str] = frozenset()
     recurrent: bool = False
 
     @property
@@ -82,9 +86,11 @@ class Dynamics:
         return (*self.states, *self.parameters, *((WEIGHT, BIAS) if self.recurrent else ()))
 
     def _flows(self, differentiable: bool) -> list[frozenset[str]]:
-        """What output and states are computed from, spikes resolved; a spike may have no gradient at all."""
-        through = self.firing if differentiable else frozenset()
-        return [(flow - {SPIKE}) | through if SPIKE in flow else flow for flow in self.flows]
+        """What output and states are computed from, thresholds resolved; these may have no gradient at all."""
+        flows = _resolved(self.flows, SPIKE, self.firing if differentiable else frozenset())
+        if not self.refractory:
+            return flows
+        return _resolved(flows, REFRACTORY, self.refractory if differentiable else frozenset())
 
     def reached(self, last_output: int, last_states: Sequence[int],
                 differentiable: bool = True) -> tuple[set[str], int]:
@@ -127,6 +133,11 @@ class Dynamics:
             output |= after[0]
             requiring = constant | {name for name, requires in zip(self.states, after[1:], strict=True) if requires}
         return [output, *after[1:]]
+
+
+def _resolved(flows: Sequence[frozenset[str]], name: str, through: frozenset[str]) -> list[frozenset[str]]:
+    """Flows with something else in the place of a name."""
+    return [(flow - {name}) | through if name in flow else flow for flow in flows]
 
 
 def _brought_together(lasts: list[int], gap: int) -> list[int]:
@@ -424,5 +435,33 @@ LIF_ADEX_RECURRENT = replace(
     firing=LIF_ADEX.firing | _flow("z weight"),
     flows=_flows("spike", "spike x v i a z tau_mem v_leak v_th v_reset delta_T weight", "x i z tau_syn weight",
                  "spike v a v_leak tau_ada adaptation_current adaptation_spike", "spike"),
+    recurrent=True,
+)
+
+LIF_REFRAC = Dynamics(
+    name="LIFRefrac",
+    model="kLifRefrac",
+    states=("v", "i", "rho"),
+    parameters=(*LIF.parameters, "rho_reset"),
+    firing=_flow("x v i rho tau_mem v_leak v_th"),
+    flows=_flows("spike", "spike x v i tau_mem v_leak v_reset", "x i tau_syn", "spike rho rho_reset"),
+    threshold=3,
+    attached_reset=True,
+    traces=(*LIF.traces, Trace("v before the step", always=True), Trace("rho before the step", always=True)),
+    refractory=_flow("rho"),
+)
+
+LIF_REFRAC_RECURRENT = Dynamics(
+    name="LIFRefracRecurrent",
+    model="kLifRefracRecurrent",
+    states=("v", "i", "rho", "z"),
+    parameters=LIF_REFRAC.parameters,
+    firing=_flow("x v i rho z tau_mem v_leak v_th weight"),
+    flows=_flows("spike", "refractory x v i z tau_mem v_leak v_reset weight", "x i z tau_syn weight",
+                 "spike rho rho_reset", "spike"),
+    threshold=3,
+    attached_reset=True,
+    traces=LIF_REFRAC.traces,
+    refractory=LIF_REFRAC.refractory,
     recurrent=True,
 )

@@ -145,7 +145,7 @@ class Recorder:
         self.keep_active = compress and not plan.inhibition  # which has active sites of its own
         self.scan.needs_scratch &= self.keep_active
         learns = bool(learned & set(plan.dynamics.needs_membrane))
-        self.keep_membrane = learns or (differentiable and not compress)
+        self.keep_membrane = learns or bool(plan.dynamics.refractory) or (differentiable and not compress)
         keep_values = compress and not self.keep_membrane
         self.inhibition = Inhibition(layer, keep_values) if plan.inhibition else None
         self.keep_traces = [trace.always or bool(learned & set(trace.parameters)) for trace in plan.dynamics.traces]

@@ -24,6 +24,7 @@ from snn_sparse_backend.dynamics import (
     LIF,
     LIF_ADEX,
     LIF_EX,
+    LIF_REFRAC,
     LSNN,
     Dynamics,
     alpha,
@@ -45,13 +46,14 @@ MODELS |= {f"{make.__name__.title()}-{reset}": make(reset) for make in (lapicque
            for reset in ("subtract", "zero", "none")}
 MODELS |= {"LIF": LIF, "LI": LI, "LIFBox-value": lif_box("value"), "LIFBox-subtract": lif_box("subtract"),
            "LIBox": LI_BOX, "IAF": IAF, "LSNN": LSNN, "DeltaLeaky": DELTA_LEAKY, "LIFEx": LIF_EX,
-           "LIFAdEx": LIF_ADEX}
+           "LIFAdEx": LIF_ADEX, "LIFRefrac": LIF_REFRAC}
 PARAMETERS = {"kLeaky": (0.9, 0.7, 1.3), "kSynaptic": (0.9, 0.7, 1.3, 0.6), "kLapicque": (0.8, 0.7, 1.3, 1.2, 0.7, 1.1),
               "kAlpha": (2.5, 0.5, 1.3, 0.8, 0.6), "kLif": (0.3, -0.2, 0.1, 0.4, -0.1), "kLi": (0.3, -0.2, 0.1),
               "kLifBox": (0.3, 0.1, 0.4, -0.1), "kLiBox": (0.3, 0.1), "kIaf": (0.6, -0.1),
               "kDeltaLeaky": (0.9, 0.6), "kLsnn": (0.3, -0.2, 0.1, 0.2, 0.4, -0.1, 0.3),
               "kLifEx": (0.3, -0.2, 0.1, 0.4, -0.1, 0.7),
-              "kLifAdex": (0.3, -0.2, 0.1, 0.4, -0.1, 0.7, 0.2, 0.6, 0.3)}
+              "kLifAdex": (0.3, -0.2, 0.1, 0.4, -0.1, 0.7, 0.2, 0.6, 0.3),
+              "kLifRefrac": (0.3, -0.2, 0.1, 0.4, -0.1, 1.2)}
 TRACES = len(scans.TRACES)
 SURROGATES = (
     Surrogate("Atan", 2.0),
@@ -412,6 +414,8 @@ def compare_forward(case: Case, record: Record) -> None:
         same(record.raster[t], reference.pack(step.spike))
         same(record.reset[t], reference.pack(step.reset))
         active = reference.inside(step.distance, case.surrogate)
+        if case.model.refractory:
+            active |= step.reset.bool()
         same(record.active[t], reference.pack(active))
         same(record.values[t], step.u[active])
         assert record.active_counts[t] == active.sum() and record.spike_counts[t] == step.spike.sum()
@@ -442,7 +446,7 @@ def compare_backward(case: Case, record: Record, share: float, tolerance: float)
     nothing: list[torch.Tensor | None] = [None for _ in case.parameters]
     others = [backward(case, record, arriving, at_active, wanted=lambda: bool(torch.rand(()) < 0.5)),
               backward(case, record, arriving, at_active, sums=nothing)]
-    if case.model.spikes:
+    if case.model.spikes and not case.model.refractory:
         # Without the dense membrane only the gradient of a decay is out of reach.
         reachable = [torch.zeros_like(case.inputs[0]) if i not in case.model.needs_membrane else None
                      for i in range(len(case.parameters))]

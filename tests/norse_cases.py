@@ -13,7 +13,15 @@ from typing import Any
 import norse.torch as stock
 import torch
 from hypothesis import strategies as st
-from norse_oracle import assert_gradients, assert_identical, clean_slate, threshold_cut_at
+from norse_oracle import (
+    assert_gradients,
+    assert_identical,
+    clean_slate,
+    mapped,
+    tensors_in,
+    threshold_cut_at,
+    tuple_of,
+)
 from snn_sparse_backend.adapters import norse as swapped
 from torch import Tensor
 
@@ -34,7 +42,7 @@ class Model:
     """
 
     parameters: tuple[str, ...]
-    states: str
+    states: Sequence[str]
     parameters_class: str
     state_class: str
     at_once: tuple[str, ...]
@@ -69,11 +77,13 @@ MODELS = {
     "LIFExCell": Model(_EX, "vi", "LIFExParameters", "LIFExFeedForwardState", _EX_AT_ONCE, ("v_leak",)),
     "LIFAdEx": Model(_ADEX, "via", "LIFAdExParameters", "LIFAdExFeedForwardState", _EX_AT_ONCE, ("v_leak",)),
     "LIFAdExCell": Model(_ADEX, "via", "LIFAdExParameters", "LIFAdExFeedForwardState", _EX_AT_ONCE),
+    "LIFRefracCell": Model((*_LIF, "rho_reset"), ("v", "i", "rho"), "LIFRefracParameters", "LIFRefracFeedForwardState",
+                           ("x", *_BOX[:3]), ("v_leak",)),
 }
 RANGES = {"tau_adapt_inv": (1.0, 100.0), "beta": (0.1, 1.0),
           "tau_syn_inv": (20.0, 400.0), "tau_mem_inv": (50.0, 500.0), "v_leak": (-0.3, 0.3), "v_th": (0.2, 0.9),
           "v_reset": (-0.3, 0.2), "delta_T": (0.3, 1.0), "tau_ada_inv": (1.0, 100.0), "adaptation_current": (0.1, 4.0),
-          "adaptation_spike": (0.02, 0.5)}
+          "adaptation_spike": (0.02, 0.5), "rho_reset": (0.4, 3.0), "rho": (-0.5, 2.5)}
 
 
 SHAPES = ((1,), (5,), (70,), (1, 1), (2, 7), (3, 63), (2, 64), (2, 65), (1, 130), (2, 3, 3, 2), (2, 2, 6, 7))
@@ -215,9 +225,9 @@ def run(case: Case, library: Any) -> Run:
 
     def new_states(prefix: str) -> Any:
         assert case.states is not None
-        kind = getattr(stock, model.state_class)
-        return kind(*(leaf(f"{prefix} {n}", uniform(shape_of(s.form, case.shape), -0.5, 0.9), s.learnable)
-                      for n, s in zip(model.states, case.states, strict=True)))
+        return tuple_of(model.state_class, {
+            n: leaf(f"{prefix} {n}", uniform(shape_of(s.form, case.shape), *RANGES.get(n, (-0.5, 0.9))), s.learnable)
+            for n, s in zip(model.states, case.states, strict=True)})
 
     model, values = case.model, {}
     for name, form in zip(model.parameters, case.parameters, strict=True):
@@ -229,7 +239,7 @@ def run(case: Case, library: Any) -> Run:
         values |= {"method": case.method, "alpha": torch.tensor(case.alpha, dtype=case.dtype)}
     if case.name == "LIFBoxCell" and case.by_subtraction and reset_subtract is not None:
         values["reset_method"] = reset_subtract
-    p = getattr(stock, model.parameters_class)(**values)
+    p = tuple_of(model.parameters_class, values)
     layer = getattr(library, case.name)(p, dt=case.dt, **({"record_states": True} if case.record else {}))
     terms: list[Tensor] = []
 
@@ -246,13 +256,13 @@ def run(case: Case, library: Any) -> Run:
 
     def between(state: Any, index: int) -> Any:
         if case.record:
-            state = type(state)(*(s[-1] for s in state))
+            state = mapped(state, lambda _, s: s[-1])
         if case.between == "detach":
-            return type(state)(*(s.detach() for s in state))
+            return mapped(state, lambda _, s: s.detach())
         if case.between == "edit":
-            return state._replace(v=state.v * 0.5 + 0.1)
+            return mapped(state, lambda n, s: s * 0.5 + 0.1 if n == "v" else s)
         if case.between == "edit in place":
-            getattr(state, "i", state.v).mul_(0.5)
+            dict(zip(model.states, tensors_in(state), strict=True)).get("i", next(tensors_in(state))).mul_(0.5)
         if case.between == "replace" and case.states is not None:
             return new_states(f"replaced {index}")
         return None if case.between == "default" else state
@@ -269,7 +279,7 @@ def run(case: Case, library: Any) -> Run:
         if not model.spiking and not case.sequence:
             assert output is state.v
         keep(0, output, None if case.sequence else call)
-        for name, value in zip(model.states, state, strict=True):
+        for name, value in zip(model.states, tensors_in(state), strict=True):
             keep(1 + (name != "v"), value, None if case.record else case.steps - 1 if case.sequence else call)
     if terms and any(t.requires_grad for t in terms):
         result.loss = torch.stack(terms).sum()

@@ -11,7 +11,7 @@ from typing import Any
 import norse.torch as stock
 import pytest
 import torch
-from norse.torch.functional import iaf, lif, lif_adex, lif_box, lif_ex, lsnn
+from norse.torch.functional import iaf, lif, lif_adex, lif_box, lif_ex, lif_refrac, lsnn
 from oracle import cut
 from snn_sparse_backend.adapters import norse as swapped
 from snn_sparse_backend.adapters import synapses
@@ -25,8 +25,9 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, tor
 
 
 # Norse 1.0: the input joins after the membrane; and TorchScript, which rounds differently from call to call.
-OTHER_STEP = ((() if input_drives_membrane_at_once() else ("LIF", "LIFCell"))
-              + (("LIFRecurrent", "LIFRecurrentCell") if recurrent_step_is_compiled() else ()))
+OTHER_STEP = ((() if input_drives_membrane_at_once() else ("LIF", "LIFCell", "LIFRefracCell"))
+              + (("LIFRecurrent", "LIFRecurrentCell", "LIFRefracRecurrent", "LIFRefracRecurrentCell")
+                 if recurrent_step_is_compiled() else ()))
 
 
 def needs(*names: str) -> pytest.MarkDecorator:
@@ -115,7 +116,7 @@ def clean_slate(**options: Any) -> Iterator[None]:
 @contextmanager
 def threshold_cut_at(cutoff: float | None) -> Iterator[None]:
     """Norse's own steps with their threshold derivative multiplied by ``1[|u - v_th| < cutoff]``."""
-    original, modules = lif.threshold, (iaf, lif, lif_adex, lif_box, lif_ex, lsnn)
+    original, modules = lif.threshold, (iaf, lif, lif_adex, lif_box, lif_ex, lif_refrac, lsnn)
     if cutoff is not None:
         for module in modules:
             module.threshold = lambda x, *how: cut(lambda y: original(y, *how), cutoff)(x)
@@ -156,6 +157,25 @@ def agree(program: Callable[[Any], tuple[Any, Sequence[Tensor | None]]], **optio
     (expected, gradients), (found, others) = both(program, **options)
     assert_identical(expected, found)
     assert_gradients(gradients, others)
+
+
+# ------------------------------------------------------------------------------------------------ tuples
+
+
+def tuple_of(name: str, values: dict[str, Any]) -> Any:
+    """A tuple of Norse by its name; of a refractory neuron, all but the counter's is in another one within."""
+    kind = getattr(stock, name)
+    if "Refrac" not in name:
+        return kind(**values)
+    own = {n: values[n] for n in kind._fields if n in values}
+    inner = {n: value for n, value in values.items() if n not in own}
+    return kind(lif=tuple_of(name.replace("Refrac", ""), inner), **own)
+
+
+def mapped(state: Any, change: Callable[[str, Tensor], Tensor]) -> Any:
+    """A state with each of its tensors changed, which is given by its name."""
+    members = zip(state._fields, state, strict=True)
+    return type(state)(*(mapped(m, change) if isinstance(m, tuple) else change(n, m) for n, m in members))
 
 
 # ------------------------------------------------------------------------------------------------ pieces

@@ -279,11 +279,22 @@ def lif_adex(model: Dynamics, surrogate: Surrogate, p: Tensors, x: torch.Tensor,
     return Step(z, after, u, [c, e, a], u - threshold, z, torch.zeros_like(z))
 
 
+def lif_refrac(model: Dynamics, surrogate: Surrogate, p: Tensors, x: torch.Tensor, states: Tensors) -> Step:
+    """Norse ``LIFRefracCell``, see NORSE.md 1.5; ``reset`` is its LIF step's."""
+    (v, i, rho), rho_reset = states, p[5]
+    inner = lif(model, surrogate, p[:5], x, (v, i))
+    assert inner.spike is not None
+    mask = Spike.apply(rho, surrogate)
+    z = (1 - mask) * inner.spike
+    after = [(1 - mask) * inner.states[0] + mask * v, inner.states[1], (1 - z) * (rho - mask).relu() + z * rho_reset]
+    return Step(z, after, inner.u, [*inner.traces, v, rho], inner.distance, z, inner.spike)
+
+
 GIVEN = {"kLifEx": exponential, "kLifAdex": exponential}  # what the kernels are given, from the membrane before a step
 
 STEPS = {"kLeaky": leaky, "kSynaptic": synaptic, "kLapicque": lapicque, "kAlpha": alpha,
          "kDeltaLeaky": delta_leaky, "kLif": lif, "kLi": li, "kLifBox": lif_box, "kLiBox": li_box, "kIaf": iaf,
-         "kLsnn": lsnn, "kLifEx": lif_ex, "kLifAdex": lif_adex}
+         "kLsnn": lsnn, "kLifEx": lif_ex, "kLifAdex": lif_adex, "kLifRefrac": lif_refrac}
 
 
 def scan(model: Dynamics, surrogate: Surrogate, parameters: Tensors, inputs: Tensors, states: Tensors) -> list[Step]:

@@ -131,7 +131,7 @@ MODELS = [dynamics.leaky("zero", True), dynamics.synaptic("zero", True), dynamic
           dynamics.alpha("zero"), dynamics.rleaky("zero", True), dynamics.rsynaptic("zero"), dynamics.DELTA_LEAKY,
           dynamics.LIF, dynamics.LI, dynamics.lif_box("value"), dynamics.LI_BOX, dynamics.IAF, dynamics.LSNN,
           dynamics.LIF_RECURRENT, dynamics.LSNN_RECURRENT, dynamics.LIF_EX, dynamics.LIF_EX_RECURRENT,
-          dynamics.LIF_ADEX, dynamics.LIF_ADEX_RECURRENT]
+          dynamics.LIF_ADEX, dynamics.LIF_ADEX_RECURRENT, dynamics.LIF_REFRAC, dynamics.LIF_REFRAC_RECURRENT]
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda m: m.name)

@@ -18,6 +18,8 @@ SPILLING = {
     Kernel("neuron_backward", "backward_kernel<Lif<float, false>, true, false>"): 4,
     Kernel("neuron_backward", "backward_kernel<Lif<float, true>, false, false>"): 4,
     Kernel("neuron_backward", "backward_kernel<Lif<float, true>, true, false>"): 4,
+    Kernel("neuron_backward", "backward_kernel<LifRefrac<float, false>, true, false>"): 32,
+    Kernel("neuron_backward", "backward_kernel<LifRefrac<float, true>, true, false>"): 24,
     Kernel("neuron_backward", "backward_kernel<Lsnn<float, false>, true, false>"): 20,
     Kernel("neuron_backward", "backward_kernel<RLeaky<double, true>, false, false>"): 8,
     Kernel("neuron_backward", "backward_kernel<RLeaky<float, true>, false, false>"): 4,
@@ -28,7 +30,8 @@ SPILLING = {
     Kernel("neuron_backward", "backward_kernel<Synaptic<float, false, false>, true, false>"): 4,
     Kernel("neuron_backward", "backward_kernel<Synaptic<float, true, false>, false, false>"): 12,
     Kernel("neuron_backward", "backward_kernel<Synaptic<float, true, false>, true, false>"): 12,
-    Kernel("neuron_forward", "forward_kernel<Lsnn<double, true>, 32>"): 8,
+    Kernel("neuron_forward", "forward_kernel<LifRefrac<double, true>, 28>"): 16,
+    Kernel("neuron_forward", "forward_kernel<Lsnn<double, true>, 28>"): 8,
     Kernel("synapse_input", "input_gradient_kernel<Columns<double, 2>>"): 4,
 }
 

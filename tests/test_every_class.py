@@ -64,7 +64,7 @@ class Subject:
             for _ in range(steps):
                 out, state = layer(linear(x), state)
                 total = total + (out * torch.linspace(-1, 1.3, out.numel()).view(out.shape)).sum()
-                total = total + state.v.sum()
+                total = total + getattr(state, "lif", state).v.sum()
             return total
         states: Any = ()
         total = torch.zeros(())

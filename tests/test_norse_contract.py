@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import types
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ pytest.importorskip("norse")
 
 import norse.torch as stock
 from norse_oracle import (
+    CLASSES,
     FLOAT,
     agree,
     assert_identical,
@@ -331,6 +333,26 @@ def test_learnable_parameters_are_read_at_every_forward(name: str) -> None:
         warnings.simplefilter("error")
         warnings.simplefilter("ignore", sparse.SparseFallbackWarning)
         agree(program)
+
+
+@pytest.mark.parametrize("name", [*CLASSES, "LIFRefracCell"])
+def test_parameters_that_are_no_tuple_may_change_within_a_loop(name: str) -> None:
+    """The lane that goes on with a loop cannot look into them."""
+
+    def program(library: Any) -> Any:
+        layer = getattr(library, name)()
+        p = getattr(layer.p, "lif", layer.p)
+        mutable = types.SimpleNamespace(**{n: getattr(p, n) for n in p._fields})
+        layer.p = mutable if p is layer.p else types.SimpleNamespace(lif=mutable, rho_reset=layer.p.rho_reset)
+        x, seen, state = layer_input(name), [], None
+        for _ in range(3):
+            y, state = layer(x, state)
+            seen.append((y, state))
+            mutable.v_leak = mutable.v_leak + 0.25
+        assert library is stock or fused()
+        return seen, grads(weighted(*(y for y, _ in seen)), x)
+
+    agree(program)
 
 
 @each_class

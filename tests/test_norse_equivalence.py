@@ -97,6 +97,13 @@ def test_lif_with_an_exponential(name: str, data: st.DataObject) -> None:
     assert_same(data.draw(cases(name)))
 
 
+@needs("LIFRefracCell")
+@given(case=cases("LIFRefracCell"))
+@often(500)
+def test_lif_refrac_cell(case: Case) -> None:
+    assert_same(case)
+
+
 @needs("LIF")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

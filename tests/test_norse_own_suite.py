@@ -22,6 +22,7 @@ import pytest
 SWAP, REPORT = "SNN_SPARSE_TEST_SWAP", "SNN_SPARSE_TEST_REPORT"
 FILES = ("module/test/test_lif.py", "module/test/test_leaky_integrator.py", "module/test/test_lif_box.py",
          "module/test/test_leaky_integrator_box.py", "module/test/test_iaf.py", "module/test/test_lsnn.py",
+         "module/test/test_lif_refrac.py",
          "module/test/test_sequential.py", "module/test/test_lift.py", "module/test/test_snn.py",
          "module/test/test_regularization.py", "module/test/test_training.py", "utils/test/test_nir_export.py",
          "utils/test/test_nir_import.py")

@@ -11,7 +11,16 @@ import torch
 pytest.importorskip("norse")
 
 import norse.torch as stock
-from norse_oracle import OTHER_STEP, assert_gradients, assert_identical, clean_slate, data, grads, weighted
+from norse_oracle import (
+    OTHER_STEP,
+    assert_gradients,
+    assert_identical,
+    clean_slate,
+    data,
+    grads,
+    tensors_in,
+    weighted,
+)
 from snn_sparse_backend.adapters import norse as swapped
 from snn_sparse_backend.adapters import norse_neurons
 from snn_sparse_backend.compat import versions
@@ -29,13 +38,15 @@ def train(library: Any, name: str) -> tuple[Any, Any, list[str]]:
         warnings.simplefilter("always")
         out, state = layer(x)
         out, state = layer(2 * x, state)
-    found = grads(weighted(out, state.v, state.i), x, *layer.parameters())
+    found = grads(weighted(*tensors_in([out, state])), x, *layer.parameters())
     return (out, *state), found, [str(w.message) for w in caught if w.category is SparseFallbackWarning]
 
 
 @pytest.mark.parametrize(("probed", "answer", "names", "words"), [
-    ("input_drives_membrane_at_once", False, ("LIF", "LIFCell"), "orders the LIF step differently"),
-    ("recurrent_step_is_compiled", True, ("LIFRecurrent", "LIFRecurrentCell"), "compiles the recurrent LIF step"),
+    ("input_drives_membrane_at_once", False, ("LIF", "LIFCell", "LIFRefracCell"), "orders the LIF step differently"),
+    ("recurrent_step_is_compiled", True,
+     ("LIFRecurrent", "LIFRecurrentCell", "LIFRefracRecurrent", "LIFRefracRecurrentCell"),
+     "compiles the recurrent LIF step"),
 ])
 def test_the_step_of_norse_1_0_is_left_to_it(probed: str, answer: bool, names: tuple[str, ...], words: str,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +64,8 @@ def test_the_step_of_norse_1_0_is_left_to_it(probed: str, answer: bool, names: t
 
 
 def test_only_norse_1_0_has_another_step() -> None:
-    old = ("LIF", "LIFCell", "LIFRecurrent", "LIFRecurrentCell")
+    old = ("LIF", "LIFCell", "LIFRefracCell", "LIFRecurrent", "LIFRecurrentCell", "LIFRefracRecurrent",
+           "LIFRefracRecurrentCell")
     assert OTHER_STEP == (old if versions.installed("norse") == "1.0.0" else ())
 
 

@@ -22,7 +22,7 @@ from snn_sparse_backend import SparseFallbackWarning
 from snn_sparse_backend.cli import main
 
 norse = pytest.importorskip("norse.torch")
-from norse_oracle import OTHER_STEP, clean_slate  # noqa: E402
+from norse_oracle import OTHER_STEP, clean_slate, mapped, tensors_in  # noqa: E402
 from snn_sparse_backend.adapters import norse as swapped  # noqa: E402
 from snn_sparse_backend.adapters.norse_neurons import KINDS as NORSE_KINDS  # noqa: E402
 
@@ -95,7 +95,7 @@ def run_norse(name: str, library: Any) -> tuple[list[Tensor], list[str]]:
         warnings.simplefilter("always")
         for part in x if cell else x.chunk(2):
             output, state = layer(part, state)
-            outputs += [output, *state]
+            outputs += [output, *tensors_in(state)]
     loss = sum((value * torch.randn_like(value)).sum() for value in outputs if value.requires_grad)
     gradients = torch.autograd.grad(loss, [x, *layer.parameters()])
     return [*(o.detach() for o in outputs), *gradients], messages(caught)
@@ -137,7 +137,7 @@ def other_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def changed(*args: Any, **options: Any) -> Any:
         output, state = original(*args, **options)
-        state = state._replace(v=1.01 * state.v)
+        state = mapped(state, lambda n, s: 1.01 * s if n == "v" else s)
         return (state.v if name.startswith("LI") and not name.startswith("LIF") else output), state
 
     replace_body(step, changed, monkeypatch)

@@ -32,8 +32,8 @@ def trials_of(host: Any, spike_grad: Any = None, method: str = "super") -> Itera
         return snntorch_trials.trials(KINDS[host], host, adapter._FORWARDS[host], spike_grad or surrogate.atan())
     kind, sequence = NORSE_KINDS[host], not host.__name__.endswith("Cell")
     p = host(*((4, 6) if kind.weights else ())).p
-    if hasattr(p, "method"):
-        p = p._replace(method=method)
+    if hasattr(kind.core(p), "method"):
+        p = kind.replaced(p, {"method": method})
     return norse_trials.trials(kind, host, sequence, swapped._forward_of(host), swapped._STOCK[host], p)
 
 

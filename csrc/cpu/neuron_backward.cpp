@@ -79,6 +79,7 @@ template <class N, bool Learn> class BackwardTask {
           of.active = s.active[unit.index];
         else
           of = unit_phi(s, unit, offset);
+        if constexpr (kRefractory<N>) refractory_phi(s, unit, offset);
         adjoint(s, follows ? &before : nullptr, unit, offset, of, input ? input + unit.base : nullptr);
         if (phi) phi += count_bits(of.active);
         if (s.active) offset += count_bits(s.active[unit.index]);
@@ -206,6 +207,25 @@ template <class N, bool Learn> class BackwardTask {
     }
   }
 
+  // The same of the second threshold comparison, which has no sites where it could be left out.
+  void refractory_phi(const Tables& s, const Unit& unit, int64_t offset) {
+    if (unit.lanes < 64) {
+      std::fill(x_, x_ + 64, T(0));
+      std::fill(upstream_, upstream_ + 64, T(0));
+    }
+    const uint64_t word = s.at_active ? s.active[unit.index] : 0;
+    const T* at_active = s.at_active ? s.at_active + offset : nullptr;
+    for_each_pack<P>(unit.lanes, [&](int k, auto lanes) {
+      const typename N::Parameters p = par_.at(k);
+      const Site<P> of = site(s, unit, k, lanes);
+      Gradient g = total(s, unit, k, lanes);
+      if (at_active) g.output = g.output + take(at_active, word >> k & lane_mask(P::kLanes));
+      N::refractory_distance(p, of).store(x_ + k);
+      N::refractory_upstream(p, of, g).store(upstream_ + k);
+    });
+    apply_surrogate(a_.layer.surrogate, x_, upstream_, refractory_, 64);
+  }
+
   // previous: the tables of the step before, null in the first
   void adjoint(const Tables& s, const Tables* previous, const Unit& unit, int64_t offset, const Phi& phi, T* input) {
     const T* packed = phi.packed;
@@ -228,7 +248,11 @@ template <class N, bool Learn> class BackwardTask {
         derivative = P::load(phi.dense + k);
       else if (packed)
         derivative = take(packed, phi.active >> k & lane_mask(P::kLanes));
-      const Gradients<P, N::States, N::Count> r = N::adjoint(p, of, before, g, derivative);
+      Gradients<P, N::States, N::Count> r;
+      if constexpr (kRefractory<N>)
+        r = N::adjoint(p, of, before, g, derivative, P::load(refractory_ + k));
+      else
+        r = N::adjoint(p, of, before, g, derivative);
       if (input) store_lanes(input + k, r.input, lanes);
       for (int i = 0; i < N::States; i++) r.carry[i].store(carry(unit, i) + k);
       for (int q = 0; Learn && q < N::Count; q++)
@@ -243,7 +267,7 @@ template <class N, bool Learn> class BackwardTask {
   const int64_t first_, last_, room_;
   ParameterLanes<N> par_;
   Scratch<T> carry_, packed_;
-  alignas(64) T x_[64 + kPadding], upstream_[64 + kPadding], phi_[64 + kPadding];
+  alignas(64) T x_[64 + kPadding], upstream_[64 + kPadding], phi_[64 + kPadding], refractory_[kRefractory<N> ? 64 : 1];
 };
 
 template <class N> int64_t backward(const SnnNeuronBackward& a) {

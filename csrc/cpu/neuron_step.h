@@ -61,6 +61,8 @@ SNN_HD typename N::T::Scalar* step_unit(const StepTables<N>& s, const Unit& unit
       raster |= static_cast<uint64_t>(nonzero_bits(site.spike)) << k;
       reset |= static_cast<uint64_t>(nonzero_bits(site.reset)) << k;
       if (s.active) active |= static_cast<uint64_t>(inside_bits(N::distance(p, site), s.low, s.high)) << k;
+      if constexpr (kRefractory<N>)  // a spike has a gradient through its mask as well
+        active |= static_cast<uint64_t>(nonzero_bits(site.reset)) << k;
     }
   });
   const auto write = [&](const P* from, T* to) {

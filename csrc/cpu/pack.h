@@ -50,7 +50,7 @@ template <class T> struct Pack {
   SNN_HD friend Pack operator-(const Pack& a) { return Pack(-a.v); }
 };
 
-// positive(): of site.h, 1 where x is positive, else 0. ones(): 1 where a bit is set.
+// positive(), relu(): as in site.h. ones(): 1 where a bit is set.
 #if defined(__AVX512F__)
 
 // A mask as a number. g++ 12 may spill a mask in its own width and read it back in that of the number.
@@ -89,6 +89,14 @@ SNN_HD Pack<float> positive(const Pack<float>& x) {
 }
 SNN_HD Pack<double> positive(const Pack<double>& x) {
   return ones(x, _mm512_cmp_pd_mask((__m512d)x.v, _mm512_setzero_pd(), _CMP_GT_OQ));
+}
+SNN_HD Pack<float> relu(const Pack<float>& x) {
+  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x.v, _mm512_setzero_ps(), _CMP_NLT_UQ);
+  return Pack<float>(_mm512_maskz_mov_ps(kept, (__m512)x.v));
+}
+SNN_HD Pack<double> relu(const Pack<double>& x) {
+  const __mmask8 kept = _mm512_cmp_pd_mask((__m512d)x.v, _mm512_setzero_pd(), _CMP_NLT_UQ);
+  return Pack<double>(_mm512_maskz_mov_pd(kept, (__m512d)x.v));
 }
 SNN_HD Pack<float> load_some(const float* p, int lanes) {
   return Pack<float>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << lanes) - 1), p));
@@ -160,6 +168,10 @@ template <class T> SNN_HD Pack<T> chosen_ones(const typename Pack<T>::Mask& chos
   return Pack<T>((typename Pack<T>::Lanes)(chosen & (Mask)Pack<T>(T(1)).v));
 }
 template <class T> SNN_HD Pack<T> positive(const Pack<T>& x) { return chosen_ones<T>(x.v > typename Pack<T>::Lanes{}); }
+template <class T> SNN_HD Pack<T> relu(const Pack<T>& x) {
+  using Mask = typename Pack<T>::Mask;
+  return Pack<T>((typename Pack<T>::Lanes)((Mask)x.v & ~(x.v < typename Pack<T>::Lanes{})));
+}
 template <class T> SNN_HD Pack<T> ones(const Pack<T>&, uint64_t bits) {
   using Integer = typename PackOf<T>::Integer;
   typename Pack<T>::Mask lane = {};

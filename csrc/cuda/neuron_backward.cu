@@ -95,7 +95,7 @@ template <class N, bool Learn, bool Given> class Scan {
     const Step& step = a_.step[number];
     const void* through = N::Recurrent ? recurrent(number) : nullptr;
     // Without parameter gradients the neurons' adjoints see the gradient of a spike only through its derivative.
-    const bool everywhere = site_.exists && (Learn || !N::Spikes);
+    const bool everywhere = site_.exists && (Learn || !N::Spikes || kRefractory<N>);
     to.output = T(0);
     if (step.grad_output && (everywhere || to.active)) to.output = load<T>(step.grad_output, offset_);
     if (through && (everywhere || to.active)) to.output += load<T>(through, offset_);
@@ -103,7 +103,7 @@ template <class N, bool Learn, bool Given> class Scan {
     to.u = T(0);
     const bool derivative = to.active && differentiable(step, through != nullptr);
     if (step.membrane) {
-      if (derivative || (Learn && site_.exists)) to.u = load<T>(step.membrane, offset_);
+      if (derivative || ((Learn || kRefractory<N>) && site_.exists)) to.u = load<T>(step.membrane, offset_);
     } else if (derivative) {
       to.u = load<T>(step.values, step.offsets[blockIdx.x] + rank_in_block(step.active, site_));
     }
@@ -134,13 +134,27 @@ template <class N, bool Learn, bool Given> class Scan {
     }
     T states[N::States] = {};
     if (kBefore && site_.exists) before(step, states);
-    const Gradients<T, N::States, N::Count> r = N::adjoint(p_, site, states, g, phi);
+    Gradients<T, N::States, N::Count> r;
+    if constexpr (kRefractory<N>)
+      r = N::adjoint(p_, site, states, g, phi, refractory(site, g));
+    else
+      r = N::adjoint(p_, site, states, g, phi);
     if (site_.exists && a_.grad_input)
       static_cast<T*>(a_.grad_input)[(step - 1) * a_.layer.rows * a_.layer.cols + offset_] = r.input;
 #pragma unroll
     for (int i = 0; i < N::States; i++) carry[i] = r.carry[i];
 #pragma unroll
     for (int p = 0; Learn && p < N::Count; p++) sums[p] += r.parameters[p];
+  }
+
+  // phi of the second threshold comparison, which has no sites where it could be left out.
+  __device__ T refractory(const Site<T>& site, const Cotangents<T, N::States>& g) const {
+    const SnnSurrogate& s = a_.layer.surrogate;
+    const T x = N::refractory_distance(p_, site), upstream = N::refractory_upstream(p_, site, g);
+    T phi = T(0);
+    if (inside(x, bound<T>(s.low), bound<T>(s.high)))
+      visit_surrogate<T>(s, [&](auto derivative) { phi = derivative(x, upstream); });
+    return phi;
   }
 
   // The derivative at this site, where the formula is not one of ours.
@@ -213,7 +227,8 @@ template <class N> cudaError_t run(const SnnNeuronBackward& a, cudaStream_t stre
     for (int p = 0; p < N::Count; p++) chunk.grad_parameters[p] = a.grad_parameters[p];
     if (last == a.steps) chunk.grad_recurrent = a.grad_recurrent;
     for (int64_t k = first || a.earlier ? 0 : 1; k <= chunk.steps; k++) chunk.step[k] = step_of(a, first + k - 1);
-    const auto kernel = a.derivative ? backward_kernel<N, true, true>
+    constexpr bool given = !kRefractory<N>;  // nobody has derivatives of two thresholds in a table
+    const auto kernel = a.derivative ? backward_kernel<N, true, given>
                         : learn      ? backward_kernel<N, true, false>
                                      : backward_kernel<N, false, false>;
     const cudaError_t error = launch(kernel, blocks, 1, kSitesPerBlock, 0, stream, chunk);

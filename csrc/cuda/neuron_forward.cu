@@ -87,7 +87,8 @@ __global__ void __launch_bounds__(kSitesPerBlock) forward_kernel(const __grid_co
       if (step.raster) write_bits(step.raster, site, spiking);
       if (step.reset) write_bits(step.reset, site, __ballot_sync(kFull, site.exists && s.reset != T(0)));
       if (!step.active) continue;
-      const bool active = site.exists && inside(N::distance(p, s), low, high);
+      const bool through_mask = kRefractory<N> && s.reset != T(0);  // another gradient of a spike
+      const bool active = site.exists && (inside(N::distance(p, s), low, high) || through_mask);
       const unsigned bits = __ballot_sync(kFull, active);
       write_bits(step.active, site, bits);
       if (!a.values)

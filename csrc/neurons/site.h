@@ -6,6 +6,8 @@
 //   Traces                 how many values a step may record besides u, for its adjoint
 //   GivenTrace             which of them, if any, is not computed here: step() takes it, after the input
 //   Spikes                 has a threshold comparison
+//   Refractory             if there: the spike is masked by a second threshold comparison, whose phi adjoint() takes as
+//                          well, at every site; it has u at every site, too, and `reset` tells who would have spiked
 //   InnerSpikeGradient     the neuron's own dynamics send a gradient to the spike decision (reset not detached)
 //   AdjointUsesSpike/Reset/Traces/Before   whether the adjoint, parameter gradients aside, depends on who spiked, who
 //                          was reset, what was traced, and the states before the step
@@ -15,6 +17,7 @@
 //   upstream()             gradient that arrives at the spike function: outside and inner parts
 //   adjoint()              the rest of the reverse step, given phi = upstream * surrogate derivative
 //   left()                 the states that a step left behind, as far as adjoints ask for them
+//   refractory_distance(), refractory_upstream()   the same of the second threshold comparison
 #pragma once
 #include "../abi.h"
 #include "../portable.h"
@@ -25,6 +28,9 @@ namespace snn {
 // 1 where x is positive, else 0 (at NaN too). A scan over vectors brings its own.
 SNN_HD float positive(float x) { return x > 0 ? 1.f : 0.f; }
 SNN_HD double positive(double x) { return x > 0 ? 1. : 0.; }
+// Zero where x is negative.
+SNN_HD float relu(float x) { return x < 0 ? 0.f : x; }
+SNN_HD double relu(double x) { return x < 0 ? 0. : x; }
 
 // One site at one time step: u at the threshold comparison, and what else was recorded; spike and reset are 0 or 1.
 template <class T> struct Site {
@@ -39,6 +45,9 @@ template <class T> struct Drive {
 
 template <class N, class = void> constexpr int kGivenTrace = -1;  // none
 template <class N> constexpr int kGivenTrace<N, std::void_t<decltype(N::GivenTrace)>> = N::GivenTrace;
+
+template <class N, class = void> constexpr bool kRefractory = false;
+template <class N> constexpr bool kRefractory<N, std::void_t<decltype(N::Refractory)>> = N::Refractory;
 
 // A step with the current of the recurrence and the given trace, where the neuron has them.
 template <class N, class T>

@@ -11,6 +11,7 @@
 #include "lif_adex.h"
 #include "lif_box.h"
 #include "lif_ex.h"
+#include "lif_refrac.h"
 #include "lsnn.h"
 #include "rleaky.h"
 #include "synaptic.h"
@@ -48,6 +49,8 @@ template <class T, class Visit> auto visit_neuron(const SnnLayer& layer, Visit v
     case kLifExRecurrent: return visit(Tag<LifEx<T, true>>());
     case kLifAdex: return visit(Tag<LifAdex<T, false>>());
     case kLifAdexRecurrent: return visit(Tag<LifAdex<T, true>>());
+    case kLifRefrac: return visit(Tag<LifRefrac<T, false>>());
+    case kLifRefracRecurrent: return visit(Tag<LifRefrac<T, true>>());
     default: return visit_leaky<T>(layer, visit);
   }
 }
