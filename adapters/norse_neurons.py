@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..dynamics import (
+from ..dynamics import Dynamics
+from ..norse_dynamics import (
     IAF,
     LI,
     LI_BOX,
@@ -24,7 +25,6 @@ from ..dynamics import (
     LIF_REFRAC_RECURRENT,
     LSNN,
     LSNN_RECURRENT,
-    Dynamics,
     lif_box,
 )
 from ..stepped import Precompute

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from ..compat.probe import Probe
 from ..compat.snntorch import constants, emits, surrogate_of
 from ..config import Options, config
-from ..dynamics import leaky
 from ..lanes import steps as lane_steps
 from ..native import DTYPES
 from ..neuron_tape import run_neuron
 from ..recorder import Plan
 from ..registered import registered
 from ..reports import densities_of
+from ..snntorch_dynamics import leaky
 from . import snntorch_recurrence as recurrence
 from . import synapses
 from .adapter import OPTIONS, Adapter, truncate

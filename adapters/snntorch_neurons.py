@@ -10,7 +10,8 @@ import snntorch as snn
 import torch
 from torch import Tensor
 
-from ..dynamics import DELTA_LEAKY, Dynamics, alpha, lapicque, leaky, rleaky, rsynaptic, synaptic
+from ..dynamics import Dynamics
+from ..snntorch_dynamics import DELTA_LEAKY, alpha, lapicque, leaky, rleaky, rsynaptic, synaptic
 from .plans import values_of
 
 Derived = tuple[Tensor, ...]

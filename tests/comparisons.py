@@ -16,25 +16,11 @@ from devices import cuda_kernels, device, down, up
 from reference import Cotangents, Tensors
 
 from snn_sparse_backend import build, kernels, native, scans
-from snn_sparse_backend.dynamics import (
-    DELTA_LEAKY,
-    IAF,
-    LI,
-    LI_BOX,
-    LIF,
-    LIF_ADEX,
-    LIF_EX,
-    LIF_REFRAC,
-    LSNN,
-    Dynamics,
-    alpha,
-    lapicque,
-    leaky,
-    lif_box,
-    synaptic,
-)
+from snn_sparse_backend.dynamics import Dynamics
+from snn_sparse_backend.norse_dynamics import IAF, LI, LI_BOX, LIF, LIF_ADEX, LIF_EX, LIF_REFRAC, LSNN, lif_box
 from snn_sparse_backend.recipes import Recipe
 from snn_sparse_backend.reports import Counter
+from snn_sparse_backend.snntorch_dynamics import DELTA_LEAKY, alpha, lapicque, leaky, synaptic
 from snn_sparse_backend.surrogate import NO_GRADIENT, Surrogate
 
 DTYPES = (torch.float32, torch.float64)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from cuda_builds import cuda_on_host_library
 
-from snn_sparse_backend import abi, build, dynamics, kernels, recipes
+from snn_sparse_backend import abi, build, dynamics, kernels, norse_dynamics, recipes, snntorch_dynamics
 
 CSRC = build.csrc_folder()
 PACKAGE = Path(kernels.__file__).parent
@@ -127,11 +127,13 @@ def test_surrogates_that_adapters_name_exist() -> None:
         assert kind == "kZeroDerivative" or f"case {kind}: return visit({kind[1:]}<T>(" in header
 
 
-MODELS = [dynamics.leaky("zero", True), dynamics.synaptic("zero", True), dynamics.lapicque("zero"),
-          dynamics.alpha("zero"), dynamics.rleaky("zero", True), dynamics.rsynaptic("zero"), dynamics.DELTA_LEAKY,
-          dynamics.LIF, dynamics.LI, dynamics.lif_box("value"), dynamics.LI_BOX, dynamics.IAF, dynamics.LSNN,
-          dynamics.LIF_RECURRENT, dynamics.LSNN_RECURRENT, dynamics.LIF_EX, dynamics.LIF_EX_RECURRENT,
-          dynamics.LIF_ADEX, dynamics.LIF_ADEX_RECURRENT, dynamics.LIF_REFRAC, dynamics.LIF_REFRAC_RECURRENT]
+MODELS = [*(make("zero", True) for make in (snntorch_dynamics.leaky, snntorch_dynamics.synaptic,
+                                            snntorch_dynamics.rleaky)),
+          *(make("zero") for make in (snntorch_dynamics.lapicque, snntorch_dynamics.alpha,
+                                      snntorch_dynamics.rsynaptic)),
+          norse_dynamics.lif_box("value"),
+          *(model for module in (snntorch_dynamics, norse_dynamics) for model in vars(module).values()
+            if isinstance(model, dynamics.Dynamics))]
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda m: m.name)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import snn_sparse_backend as sparse
 from snn_sparse_backend import BuildError, kernels, memory, native, reports, scans
-from snn_sparse_backend.dynamics import LI
+from snn_sparse_backend.norse_dynamics import LI
 from snn_sparse_backend.recorder import Recorder
 from snn_sparse_backend.surrogate import NO_GRADIENT
 

@@ -41,7 +41,7 @@ from hypothesis import strategies as st
 
 from snn_sparse_backend import kernels, native, scans
 from snn_sparse_backend.abi import CONSTANTS, STRUCTS
-from snn_sparse_backend.dynamics import LI, LIF
+from snn_sparse_backend.norse_dynamics import LI, LIF
 from snn_sparse_backend.raster import Raster
 from snn_sparse_backend.reports import Counter
 from snn_sparse_backend.surrogate import Surrogate

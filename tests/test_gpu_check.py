@@ -26,7 +26,7 @@ from snn_sparse_backend.bench.clock import Clock, Meter
 from snn_sparse_backend.bench.kernels import PRESETS as KERNEL_PRESETS
 from snn_sparse_backend.bench.measure import Memory, ones, step_memory
 from snn_sparse_backend.cli import main
-from snn_sparse_backend.dynamics import LIF
+from snn_sparse_backend.norse_dynamics import LIF
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 KERNELS = {"raster pack", "raster unpack", "raster transpose", "pack weights", "synapse forward", "weight gradient",

@@ -40,7 +40,7 @@ from hypothesis import strategies as st
 from reference import Cotangents
 
 from snn_sparse_backend import build, kernels, native, scans
-from snn_sparse_backend.dynamics import LIF
+from snn_sparse_backend.norse_dynamics import LIF
 from snn_sparse_backend.surrogate import Surrogate
 
 SIZES = st.one_of(st.sampled_from([1, 63, 64, 65, 127, 128, 129, 192, 200]), st.integers(1, 200))

@@ -29,7 +29,7 @@ template <class N> int64_t forward(const SnnNeuronForward& a) {
     parallel_for(tasks, a.layer.threads, [&](int64_t task) {
       ParameterLanes<N> par(a.layer);
       const int64_t first = task * per_task, end = std::min(units, first + per_task);
-      T *begin = direct ? values + used : scratch + 64 * first, *value = begin;
+      T *begin = direct ? values + used : scratch ? scratch + 64 * first : nullptr, *value = begin;
       int64_t count = 0;
       for (Unit unit(a.layer, first); unit.index < end; unit.next()) {
         par.load(a.layer, unit);

@@ -11,7 +11,7 @@
 //   InnerSpikeGradient     the neuron's own dynamics send a gradient to the spike decision (reset not detached)
 //   AdjointUsesSpike/Reset/Traces/Before   whether the adjoint, parameter gradients aside, depends on who spiked, who
 //                          was reset, what was traced, and the states before the step
-//   Parameters             the parameter values at this site, in the order of dynamics.py, and the reset rule
+//   Parameters             the parameter values at this site, in the order of its Dynamics, and the reset rule
 //   step()                 one time step, in the host library's own order of operations
 //   distance()             of u from the threshold: what the surrogate derivative is taken of
 //   upstream()             gradient that arrives at the spike function: outside and inner parts

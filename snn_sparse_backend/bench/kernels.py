@@ -16,8 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import kernels
-from ..dynamics import LIF, Dynamics
+from ..dynamics import Dynamics
 from ..native import event_parallel
+from ..norse_dynamics import LIF
 from ..raster import Raster
 from . import roofline
 from .clock import Meter

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dynamics import LIF, Dynamics, leaky
+from ..dynamics import Dynamics
 from ..native import event_parallel
+from ..norse_dynamics import LIF
 from ..raster import Raster
 from ..reports import Counter
 from ..scans import TILE, ForwardScan, Layer, neuron_backward, pointer_table, step_pointers
+from ..snntorch_dynamics import leaky
 from ..surrogate import Surrogate
 from .clock import Meter
 from .measure import ones
