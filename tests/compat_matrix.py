@@ -27,9 +27,9 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "versions.md"
 BEGIN, END = "<!-- begin: written by make compat -->", "<!-- end -->"
-TESTS = ("test_snntorch_equivalence", "test_norse_equivalence", "test_norse_recurrent", "test_norse_linear",
-         "test_norse_versions", "test_registered", "test_snntorch_delta", "test_snntorch_inhibition",
-         "test_snntorch_graded", "test_fallback", "test_probe", "test_trials")
+TESTS = ("test_snntorch_equivalence", "test_snntorch_delta", "test_snntorch_inhibition", "test_snntorch_graded",
+         "test_norse_equivalence", "test_norse_recurrent", "test_norse_linear", "test_norse_exponential",
+         "test_norse_refrac", "test_norse_versions", "test_registered", "test_fallback", "test_probe", "test_trials")
 TOOLS = ("pytest", "pytest-xdist", "hypothesis", "numpy", "setuptools", "wheel")
 
 
