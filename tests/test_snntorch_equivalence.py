@@ -373,7 +373,7 @@ def test_sparse_and_dense_products_were_all_hit() -> None:
     if not hit:
         pytest.skip("counts what the tests above ran")
     on_the_cpu = () if cuda_kernels() else ("recurrent_gradient_sparse", "recurrent_sparse")
-    assert hit["derivatives_given"] > 1000 and hit["inhibited_steps"] > 1000
+    assert hit["derivatives_given"] > 1000 and hit["inhibited_steps"] > 100
     for product in ("weight_gradient_sparse", "weight_gradient_dense", "input_gradient_sparse", "input_gradient_dense",
                     "forward_sparse", "recurrent_gradient_dense", *on_the_cpu):
         assert hit[product] > 20, f"{product}: {hit[product]} times only: {hit}"
