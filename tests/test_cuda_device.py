@@ -241,7 +241,8 @@ def test_scalars_on_the_cpu_are_filled_in() -> None:
     recorder.layer = layer
     ready = recorder._ready(value, shape)
     assert (ready.device, ready.shape, ready.dtype) == (meta, shape, torch.float32)
-    state = swapped._on_device(LIState(v=value.requires_grad_(), i=torch.zeros(shape)), devices.device)
+    kind, state = swapped._KINDS[swapped.LI], LIState(v=value.requires_grad_(), i=torch.zeros(shape))
+    state = swapped._on_device(kind, state, devices.device)
     assert state.v.device == devices.device and state.v.requires_grad and down(state.v) == 0.25
 
 
