@@ -13,7 +13,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = "benchmarks/results/2026-11-28-cpu"
-FILES = ("threads-1/bench.json", "threads-2/bench.json", "recurrent-1/bench.json")
+# With one thread, and with two; cases of a later file stand for those of an earlier one.
+FILES = (("threads-1/bench.json", "recurrent-1/bench.json", "again-1/bench.json"),
+         ("threads-2/bench.json", "wide-2/bench.json", "norse-2/bench.json"))
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 ROWS = {
     "snnTorch": "stock snnTorch",
@@ -29,8 +31,13 @@ DEFAULT, FASTEST = "sparse, exact (default)", "cutoff 0.2, sparse forward"
 
 
 def load(run: Path) -> list[dict[str, Any]]:
-    """The results of each file."""
-    return [json.loads((run / name).read_text()) for name in FILES]
+    """The results of the files in each row of ``FILES``."""
+    results = []
+    for names in FILES:
+        first, *later = (json.loads((run / name).read_text()) for name in names)
+        cases = {case["name"]: case for one in (first, *later) for case in one["cases"]}
+        results.append({**first, "cases": list(cases.values())})
+    return results
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -81,7 +88,7 @@ def shares(case: dict[str, Any]) -> str:
 
 def markdown(results: Sequence[dict[str, Any]], run: str) -> str:
     """All of it."""
-    one, two, recurrent = results
+    one, two = results
     e = one["environment"]
     first = {case["library"]: case for case in reversed(one["cases"])}
     versions = ", ".join(f"{name} {e[name].split('+')[0]}" for name in ("torch", "snntorch", "norse", "spikingjelly"))
@@ -96,11 +103,13 @@ def markdown(results: Sequence[dict[str, Any]], run: str) -> str:
         "", *detail(first["snntorch"]), "", *detail(first["norse"]), "",
         "Whole step, stock library = 1 (Norse: its sequence form, whose backward is quadratic in T where the input",
         "of a layer needs a gradient), and as a share of the bare dense matrix products of the step:",
-        "", *overview([*one["cases"], *recurrent["cases"]]), "",
+        "", *overview(one["cases"]), "",
         "The same with two threads:",
         "", *overview(two["cases"]), "",
-        "Commands: `python -m snn_sparse_backend bench --threads 1`, `--threads 2`, and `--preset recurrent` for",
-        f"the layers marked r. Files: {', '.join(f'[{name}]({run}/{name})' for name in FILES)},",
+        "Commands: `python -m snn_sparse_backend bench --threads 1`, later again with `--only 700-1000`; `--threads 1`",
+        "`--preset recurrent` for the layers marked r; `--threads 2`, in three runs: the first eleven cases,",
+        "`--library snntorch --only 4096`, and `--library norse --only B=16`.",
+        f"Files: {', '.join(f'[{name}]({run}/{name})' for names in FILES for name in names)},",
         f"{pictures}.",
     ]
     return "\n".join(lines)
