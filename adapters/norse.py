@@ -193,7 +193,7 @@ def _differentiable(kind: Kind, module: Any, plan: Plan, x: torch.Tensor, states
 
 def spikes(module: Any) -> bool:
     """Whether a supported module emits spikes (an integrator does not)."""
-    return hasattr(getattr(module.p, "lif", module.p), "v_th")
+    return "v_th" in KINDS[_host_of(module)].parameters
 
 
 # ---------------------------------------------------------------------------------------------------- classes

@@ -144,6 +144,6 @@ def _make_plan(kind: Kind, dynamics: Dynamics, module: Any, options: Options, te
     if kind.recurrent:
         shared |= {"recurrence": recurrence_of(module), "guard": ()}
     if kind.precompute is not None:
-        shared |= {"precompute": kind.precompute(module.p), "module": None}
+        shared |= {"precompute": kind.precompute(p), "module": None}
     return Plan(dynamics, surrogate.within(options.cutoff), options, tuple(tensors), derive,
                 differentiable_output=surrogate is not NO_GRADIENT, **shared)

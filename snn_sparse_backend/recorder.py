@@ -232,10 +232,8 @@ class Recorder:
         else:
             self.scan.run(1, pointers, state_in, state_out)
             pointers[_ACTIVE], pointers[_OFFSETS] = self.inhibition.suppress(block, finals[0], output)
-        if isinstance(self.scan, RecurrentScan):
-            self.scan.finish()
         if isinstance(self.scan, SteppedScan):
-            self.scan.leave()
+            self.scan.finish()
         if inputs is not None:
             inputs.finish()
         counts["neuron_steps"] += count

@@ -69,7 +69,8 @@ class RecurrentScan(SteppedScan):
         self._spikes, self._raster, self._outputs = spikes, raster, outputs
 
     def finish(self) -> None:
-        """Lets go of what :meth:`begin` was given, once the block has run."""
+        """Lets go of what :meth:`enter` and :meth:`begin` were given, once the block has run."""
+        super().finish()
         self._spikes = self._raster = self._outputs = None
 
     def run(self, steps: int, pointers: Iterable[int | None], state_in: Sequence[int], state_out: Sequence[int],

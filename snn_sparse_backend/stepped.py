@@ -36,7 +36,7 @@ class SteppedScan(ForwardScan):
         """
         self._before, self._after, self._given = before, after, given
 
-    def leave(self) -> None:
+    def finish(self) -> None:
         """Lets go of what :meth:`enter` was given, once the block has run."""
         self._before = self._after = self._given = None
 

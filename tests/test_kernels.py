@@ -391,6 +391,8 @@ PLANTED = {
     "neurons/delta_leaky.h": ("p.beta * moved - phi;", "p.beta * moved;"),
     "neurons/iaf.h": ("g.state[0] * (p.reset - s.u);", "g.state[0] * p.reset;"),
     "neurons/lsnn.h": ("decayed = lb - phi;", "decayed = lb;"),
+    "neurons/lif_ex.h": ("return lu + mem * lu * (e - T(1));", "return lu - mem * lu;"),
+    "neurons/lif_adex.h": ("r.carry[2] = (la - lh) - lm;", "r.carry[2] = la - lh;"),
     "neurons/lif_refrac.h": ("r.carry[2] = m.counted + refractory;", "r.carry[2] = m.counted;"),
     "cpu/synapse_gradients.cpp": ("odd.add(grad + a.row[e + 1] * columns);", "odd.add(grad + a.row[e] * columns);"),
     "cpu/raster.cpp": ("out_words + band] = block[k];", "out_words + band] = block[63 - k];"),
@@ -408,7 +410,7 @@ def test_planted_errors_are_found(tmp_path: Path) -> None:
     with library(path):
         compare_scan("LIF", SURROGATES[1], 4, 3, 70, torch.float64, 0)  # what was left alone still passes
         for name in ("subtract", "Synaptic-none", "Lapicque-zero", "Alpha-none", "LIFBox-value", "IAF", "LSNN",
-                     "DeltaLeaky", "LIFRefrac"):
+                     "DeltaLeaky", "LIFEx", "LIFAdEx", "LIFRefrac"):
             with pytest.raises(AssertionError, match="not close"):
                 compare_scan(name, SURROGATES[1], 4, 3, 70, torch.float64, 0)
         with pytest.raises(AssertionError, match="not equal"):

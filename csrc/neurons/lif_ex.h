@@ -16,7 +16,7 @@ template <class T> struct Exponential {
   SNN_HD T drive(T v, T e, T current) const { return ((leak - v) + sharpness * e) + current; }
   SNN_HD T after_reset(T u, T spike) const { return (T(1) - spike) * u + spike * reset; }
 
-  // Gradients of the membrane before the step and of the parameters from that of u, `lu`. `drive`: of that step.
+  // Gradients of the membrane before the step and of parameters, from `lu`, that of u.
   SNN_HD T of_membrane(T lu, T e) const { return lu + mem * lu * (e - T(1)); }
   SNN_HD T of_threshold(T lu, T e, T phi) const { return -phi - mem * lu * e; }
   SNN_HD T of_sharpness(T lu, T e, T v) const { return mem * lu * (e - e * ((v - threshold) / sharpness)); }
