@@ -111,18 +111,24 @@ def _forward(kind: Kind, module: Any, x: Tensor, given: tuple[Tensor | None, ...
     if torch.compiler.is_compiling():
         return kind.host(module, x, *given)
     options = options_of(module)
-    passed = any(state is not None for state in given)
-    if options is None or not torch.is_grad_enabled() or (module.init_hidden and passed):
+    missing = 0
+    for state in given:
+        missing += state is None
+    if options is None or not torch.is_grad_enabled() or (module.init_hidden and missing < len(given)):
         return kind.host(module, x, *given)
-    buffers = module._buffers
-    states = kind.inner([buffers.get(name) if state is None else state
-                         for name, state in zip(kind.states, given, strict=True)])
+    states: Sequence[Any] = given
+    if missing:
+        buffers = module._buffers
+        states = [buffers.get(name) if state is None else state
+                  for name, state in zip(kind.states, given, strict=True)]
+    if not kind.straight:
+        states = kind.inner(states)
     done = _step(kind, module, options, x, states)
     return kind.host(module, x, *given) if done is None else _hand_out(kind, module, *done)
 
 
 def _step(kind: Kind, module: Any, options: Options, x: Tensor,
-          states: list[Any]) -> tuple[Tensor, Sequence[Tensor]] | None:
+          states: Sequence[Any]) -> tuple[Tensor, Sequence[Tensor]] | None:
     """Spikes and new states, in the order of the dynamics; None if the host has to compute them."""
     done = lane_steps.neuron(module, options, x, *states)
     if done is not None:
@@ -155,7 +161,7 @@ def _hand_out(kind: Kind, module: Any, spk: Tensor, states: Sequence[Tensor]) ->
     if len(states) == 1:
         buffers["mem"] = states[0]
     else:
-        states = kind.outer(states)
+        states = states if kind.straight else kind.outer(states)
         for name, state in zip(kind.states, states, strict=True):
             buffers[name] = state
     if module.init_hidden and not module.output:

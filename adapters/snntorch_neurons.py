@@ -36,6 +36,7 @@ class Kind:
         host: its ``forward``.
         methods: the methods that its step calls, as the library has them.
         delays: whether it has ``reset_delay``.
+        straight: its order of states is that of the dynamics.
     """
 
     states: tuple[str, ...]
@@ -48,6 +49,10 @@ class Kind:
     delays: bool = True
     constants: Mapping[str, str] = field(default_factory=dict)
     attributes: tuple[str, ...] = ()
+    straight: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "straight", self.order == tuple(range(len(self.order))))
 
     @property
     def recurrent(self) -> bool:

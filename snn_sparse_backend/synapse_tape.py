@@ -347,15 +347,18 @@ class SynapseTape(Tape):
             if self._pays(kernels.density(raster), "weight_gradient", raster.rows, unknown=True):
                 counts["weight_gradient_sparse"] += 1
                 return kernels.weight_gradient(grad, kernels.columns(raster), bias=bias)
-        entries = [self.steps[i].entry for i in chosen]
-        x = torch.cat([e.values(grad.dtype) for e in entries]) if len(entries) > 1 else entries[0].values(grad.dtype)
-        if event_parallel(x.device):
-            if self._pays(self._input_density(), "weight_gradient", len(x)):
-                counts["weight_gradient_sparse"] += 1
-                x = x.contiguous()
-                events = kernels.columns(kernels.nonzero(x, self._count_inputs()), factors=x)
-                return kernels.weight_gradient(grad, events, bias=bias)
-            kernels.nonzero(x[::SAMPLED_ROWS], self._count_inputs())
+            x = kernels.unpack(raster, grad.dtype)
+        else:
+            entries = [self.steps[i].entry for i in chosen]
+            x = (torch.cat([e.values(grad.dtype) for e in entries]) if len(entries) > 1
+                 else entries[0].values(grad.dtype))
+            if event_parallel(x.device):
+                if self._pays(self._input_density(), "weight_gradient", len(x)):
+                    counts["weight_gradient_sparse"] += 1
+                    x = x.contiguous()
+                    events = kernels.columns(kernels.nonzero(x, self._count_inputs()), factors=x)
+                    return kernels.weight_gradient(grad, events, bias=bias)
+                kernels.nonzero(x[::SAMPLED_ROWS], self._count_inputs())
         counts["weight_gradient_dense"] += 1
         return kernels.dense_product(grad.t(), x), grad.sum(0) if bias else None
 
