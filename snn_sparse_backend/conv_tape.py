@@ -29,7 +29,7 @@ from .feeds import FeedTape, PooledDelivery
 from .native import event_parallel
 from .neuron_tape import NeuronTape
 from .raster import Raster, RasterStack
-from .synapse_steps import Entry, check_version
+from .synapse_steps import Entry, check_version, same_values
 from .tapes import TOPOLOGICAL_SLACK, Delivery, Links, SpikeTag, Tape, leave_open, open_tape, part
 
 if TYPE_CHECKING:
@@ -115,15 +115,15 @@ class ConvTape(FeedTape):
 
     def entry_of(self, x: torch.Tensor, tag: SpikeTag | None) -> Entry:
         """What to keep of an input; the entry of the previous step if it is the same tensor again."""
-        key = (id(x), x._version)
-        if self.steps and self.latest is x and self.steps[-1].entry.key == key:
+        seen = x._version
+        if self.steps and same_values(x, self.latest) and self.steps[-1].entry.seen == seen:
             return self.steps[-1].entry
         flat = x.detach().flatten(1)
         if tag is not None and (tag.raster.rows, tag.raster.cols) == tuple(flat.shape):
-            return Entry(tag.raster, None, 0, key)
+            return Entry(tag.raster, None, 0, seen)
         # As in SynapseTape: on CUDA the host cannot know whether the values are zeros and ones.
         raster = None if event_parallel(flat.device) else kernels.pack(flat)
-        return Entry(raster, flat if raster is None else None, flat._version, key)
+        return Entry(raster, flat if raster is None else None, flat._version, seen)
 
     def entry_at(self, index: int, current: torch.Tensor) -> Entry | None:
         """What the current of a step was computed from, if it is still just that."""

@@ -20,7 +20,9 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 
@@ -30,28 +32,37 @@ from torch.nn import functional as F
 from .compat.precision import full_on_cpu
 from .kernels import Order, SynapseForward, pack
 
-# Multiplications of a product. Below, it is over before an order could pay; above, probing would take seconds.
-FEWEST, MOST = 1 << 15, 1 << 33
+# Multiplications of a product. Below, it is over before an order could pay; above, it would take minutes to find.
+FEWEST, MOST = 1 << 15, 1 << 38
+# Above, it takes seconds: that waits until a product was asked about so often that it has taken as long itself.
+MOST_AT_ONCE, PATIENCE = 1 << 33, 20
+# Numbers in an operand: probing and verifying take several of that size.
+LARGEST_OPERAND = 1 << 26
 _HUGE = {torch.float32: 2.0**60, torch.float64: 2.0**120}
 _DENSITIES = (0.02, 0.3, 1.0)
 _SUBNORMAL = 5e-324
 
 _lock = threading.Lock()
 _orders: dict[tuple[object, ...], Order | None] = {}
+_waiting: Counter[tuple[object, ...]] = Counter()  # how often a large product was asked about
+_patience = PATIENCE
 
 
 def order_of(rows: int, inputs: int, outputs: int, dtype: torch.dtype, bias: bool) -> Order | None:
     """The order of a dense product, or None where it is not one of those.
 
-    Found once in a process for each shape, dtype, presence of a bias, and number of threads; a first call takes about
-    as long as twelve products.
+    Found once in a process for each shape, dtype, presence of a bias, and number of threads; that takes about as long
+    as twenty products, and for large ones it waits for the twentieth call: whoever runs a few sequences only never
+    waits for it.
 
     Args:
         rows, inputs, outputs: of the product ``[rows, inputs] x [inputs, outputs]`` on the CPU.
         dtype: float32 or float64.
         bias: whether there is one.
     """
-    if not FEWEST <= rows * inputs * outputs <= MOST or dtype not in _HUGE:
+    multiplications = rows * inputs * outputs
+    largest = max(rows * inputs, rows * outputs, inputs * outputs)
+    if not FEWEST <= multiplications <= MOST or largest > LARGEST_OPERAND or dtype not in _HUGE:
         return None
     threads = torch.get_num_threads()
     if not full_on_cpu() or not _settled(threads):
@@ -59,8 +70,22 @@ def order_of(rows: int, inputs: int, outputs: int, dtype: torch.dtype, bias: boo
     key = (rows, inputs, outputs, dtype, bias, threads, torch.backends.mkldnn.enabled, _flushes())
     with _lock:
         if key not in _orders:
+            if multiplications > MOST_AT_ONCE and _waiting[key] < _patience:
+                _waiting[key] += 1
+                return None
             _orders[key] = _find(rows, inputs, outputs, dtype, bias)
         return _orders[key]
+
+
+@contextmanager
+def found_at_once() -> Iterator[None]:
+    """Inside, the orders of large products are looked for when they are first asked about."""
+    global _patience
+    _patience = 0
+    try:
+        yield
+    finally:
+        _patience = PATIENCE
 
 
 def finite(weight: torch.Tensor) -> bool:

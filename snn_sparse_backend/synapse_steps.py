@@ -23,7 +23,7 @@ class Entry:
     raster: Raster | None
     dense: torch.Tensor | None  # [rows, inputs], a detached alias
     version: int
-    key: tuple[int, int]  # identity and version of the tensor object, to see that it is the same at every step
+    seen: int  # version of the tensor when it was multiplied, to see that it is the same at every step
 
     def values(self, dtype: torch.dtype) -> torch.Tensor:
         """The input as a matrix ``[rows, inputs]``.
@@ -47,6 +47,18 @@ class Step:
     shape: torch.Size  # of the input
     rows: int
     spikes: tuple[weakref.ref[NeuronTape], int] | None  # the neuron block whose untouched output the input is
+
+
+def same_values(x: torch.Tensor, before: torch.Tensor | None) -> bool:
+    """Whether an input is the tensor of the step before, or, where no gradient flows to either, another view of the same
+    memory, as the slices of an expanded image are. (Views of one tensor share its version.)"""
+    if x is before or before is None:
+        return x is before
+    return (
+        not x.requires_grad and not before.requires_grad and x._is_view() and before._is_view()
+        and x._base is before._base and x.data_ptr() == before.data_ptr() and x.shape == before.shape
+        and x.stride() == before.stride()
+    )
 
 
 def check_version(tensor: torch.Tensor, version: int) -> None:
@@ -101,7 +113,7 @@ class SynapseRun:
 
     def _entry(self, index: int) -> Entry:
         if not self._table[index]:
-            return Entry(None, self.dense[index], self._versions[index], (0, 0))
+            return Entry(None, self.dense[index], self._versions[index], 0)
         (raster,) = rasters_at(self._table[index : index + 1], self.raster, self._rows, self._cols)
         raster.ones = self._ones[index]
-        return Entry(raster, None, 0, (0, 0))
+        return Entry(raster, None, 0, 0)

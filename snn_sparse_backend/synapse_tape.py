@@ -20,7 +20,7 @@ from .native import address_of, event_parallel, threads_for
 from .raster import Raster, RasterStack
 from .reports import Counter, densities_of
 from .summation import finite, order_of
-from .synapse_steps import Entry, Step, SynapseRun, check_version
+from .synapse_steps import Entry, Step, SynapseRun, check_version, same_values
 from .tapes import TOPOLOGICAL_SLACK, Delivery, Links, SpikeTag, Tape, leave_open, part
 
 if TYPE_CHECKING:
@@ -98,15 +98,15 @@ class SynapseTape(Tape):
 
     def entry_of(self, x: torch.Tensor, tag: SpikeTag | None) -> Entry:
         """What to keep of an input; the entry of the previous step if it is the same tensor again."""
-        key = (id(x), x._version)
-        if self.steps and self.latest is x and self.steps[-1].entry.key == key:
+        seen = x._version
+        if self.steps and same_values(x, self.latest) and self.steps[-1].entry.seen == seen:
             return self.steps[-1].entry
         flat = x.detach().reshape(-1, x.shape[-1])
         if tag is not None and (tag.raster.rows, tag.raster.cols) == tuple(flat.shape):
-            return Entry(tag.raster, None, 0, key)
+            return Entry(tag.raster, None, 0, seen)
         # On CUDA the host cannot know whether the values are zeros and ones: they are kept, as the host library does.
         raster = None if event_parallel(flat.device) else kernels.pack(flat)
-        return Entry(raster, flat if raster is None else None, flat._version, key)
+        return Entry(raster, flat if raster is None else None, flat._version, seen)
 
     def currents(self, host: Any, x: torch.Tensor, entry: Entry, defer: bool, rows: int | None) -> torch.Tensor:
         """The output of the synapse outside autograd: by the host's own operation, or summed over the spikes.

@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RUN = "benchmarks/results/2026-11-28-cpu"
-# With one thread, and with two; cases of a later file stand for those of an earlier one.
-FILES = (("threads-1/bench.json", "recurrent-1/bench.json", "again-1/bench.json"),
-         ("threads-2/bench.json", "wide-2/bench.json", "norse-2/bench.json"))
+RESULTS = "benchmarks/results"
+# By instruction set and threads; cases of a later file stand for those of an earlier one.
+FILES = {
+    "wide": ("2026-11-29-cpu/threads-1/bench.json",),
+    "one": ("2026-11-28-cpu/threads-1/bench.json", "2026-11-28-cpu/recurrent-1/bench.json",
+            "2026-11-28-cpu/again-1/bench.json"),
+    "two": ("2026-11-28-cpu/threads-2/bench.json", "2026-11-28-cpu/wide-2/bench.json",
+            "2026-11-28-cpu/norse-2/bench.json"),
+}
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 ROWS = {
     "snnTorch": "stock snnTorch",
@@ -30,13 +35,13 @@ ROWS = {
 DEFAULT, FASTEST = "sparse, exact (default)", "cutoff 0.2, sparse forward"
 
 
-def load(run: Path) -> list[dict[str, Any]]:
-    """The results of the files in each row of ``FILES``."""
-    results = []
-    for names in FILES:
-        first, *later = (json.loads((run / name).read_text()) for name in names)
+def load(folder: Path) -> dict[str, dict[str, Any]]:
+    """The results of the files in each entry of ``FILES``."""
+    results = {}
+    for key, names in FILES.items():
+        first, *later = (json.loads((folder / name).read_text()) for name in names)
         cases = {case["name"]: case for one in (first, *later) for case in one["cases"]}
-        results.append({**first, "cases": list(cases.values())})
+        results[key] = {**first, "cases": list(cases.values())}
     return results
 
 
@@ -86,16 +91,23 @@ def shares(case: dict[str, Any]) -> str:
     return f"{100 * sum(found) / len(found):.1f} %"
 
 
-def markdown(results: Sequence[dict[str, Any]], run: str) -> str:
-    """All of it."""
-    one, two = results
-    e = one["environment"]
-    first = {case["library"]: case for case in reversed(one["cases"])}
+def machine(result: dict[str, Any]) -> str:
+    """What a result was measured on."""
+    e = result["environment"]
+    return f"{e['cpu'].replace('(R)', '')} ({e['instruction_set']})"
+
+
+def markdown(results: dict[str, dict[str, Any]], folder: str) -> str:
+    """All of it; ``folder``: where the files are, from the README."""
+    wide, one, two = (results[key] for key in FILES)
+    e = wide["environment"]
+    first = {case["library"]: case for case in reversed(wide["cases"])}
     versions = ", ".join(f"{name} {e[name].split('+')[0]}" for name in ("torch", "snntorch", "norse", "spikingjelly"))
-    pictures = ", ".join(f"[{name}]({run}/threads-1/{name})" for name in ("bench.png", "memory.png"))
+    pictures = ", ".join(f"[{name}]({folder}/{Path(FILES['wide'][0]).parent}/{name})"
+                         for name in ("bench.png", "memory.png"))
     lines = [
         "One training step, forward and backward, medians of interleaved rounds in one process, one thread of an",
-        f"{e['cpu']} ({e['instruction_set']}), float32, {versions};",
+        f"{machine(wide)}, float32, {versions};",
         "input spikes 2 %, hidden layers at 2 %, active sites (\\|U - threshold\\| < 0.2) "
         f"{shares(first['snntorch'])} in snnTorch, {shares(first['norse'])} in Norse.",
         '"Kept" are the bytes held for backward, weights and input excluded; "peak" is by how much a step raises the',
@@ -103,13 +115,15 @@ def markdown(results: Sequence[dict[str, Any]], run: str) -> str:
         "", *detail(first["snntorch"]), "", *detail(first["norse"]), "",
         "Whole step, stock library = 1 (Norse: its sequence form, whose backward is quadratic in T where the input",
         "of a layer needs a gradient), and as a share of the bare dense matrix products of the step:",
+        "", *overview(wide["cases"]), "",
+        f"One thread of an {machine(one)}, whose dense products are slower:",
         "", *overview(one["cases"]), "",
-        "The same with two threads:",
+        "Two threads of the latter:",
         "", *overview(two["cases"]), "",
-        "Commands: `python -m snn_sparse_backend bench --threads 1`, later again with `--only 700-1000`; `--threads 1`",
-        "`--preset recurrent` for the layers marked r; `--threads 2`, in three runs: the first eleven cases,",
-        "`--library snntorch --only 4096`, and `--library norse --only B=16`.",
-        f"Files: {', '.join(f'[{name}]({run}/{name})' for names in FILES for name in names)},",
+        "Commands: `python -m snn_sparse_backend bench --threads 1`, on the second machine later again with",
+        "`--only 700-1000`; `--threads 1 --preset recurrent` for the layers marked r; `--threads 2`, in three runs: the",
+        "first eleven cases, `--library snntorch --only 4096`, and `--library norse --only B=16`.",
+        f"Files: {', '.join(f'[{name}]({folder}/{name})' for names in FILES.values() for name in names)},",
         f"{pictures}.",
     ]
     return "\n".join(lines)
@@ -123,4 +137,4 @@ def replaced(readme: str, figures: str) -> str:
 
 if __name__ == "__main__":
     path = ROOT / "README.md"
-    path.write_text(replaced(path.read_text(), markdown(load(ROOT / RUN), RUN)))
+    path.write_text(replaced(path.read_text(), markdown(load(ROOT / RESULTS), RESULTS)))

@@ -302,6 +302,27 @@ def test_static_image_is_convolved_and_pooled_once(dtype: torch.dtype, monkeypat
         assert_same(program, synapses=True)
 
 
+def test_slices_of_an_expanded_image_are_convolved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Tensor] = []
+    host = nn.Conv2d._conv_forward
+
+    def counted(self: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        calls.append(x)
+        return host(self, x, weight, bias)
+
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", counted)
+
+    def program(side: Side) -> None:
+        net, image = Net(side), torch.rand(3, 2, 12, 12)
+        train(side, net, net(image.expand(6, *image.shape)), "first: ")
+        calls.clear()
+        train(side, net, net(image.expand(6, *image.shape)), "second: ")
+        if side.sparse:
+            assert sum(x.data_ptr() == image.data_ptr() for x in calls) == 1
+
+    assert_same(program, synapses=True)
+
+
 def test_static_image_whose_current_is_edited() -> None:
     """Copies must be independent of each other, and an edited current is pooled anew."""
     def program(side: Side) -> None:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import copy
 
 import pytest
-from figures_table import BEGIN, DEFAULT, END, ROOT, RUN, load, markdown, replaced
+from figures_table import BEGIN, DEFAULT, END, RESULTS, ROOT, load, markdown, replaced
 
 
 def test_the_readme_has_the_figures_of_the_files() -> None:
     readme = (ROOT / "README.md").read_text()
-    expected = replaced(readme, markdown(load(ROOT / RUN), RUN))
+    expected = replaced(readme, markdown(load(ROOT / RESULTS), RESULTS))
     assert readme == expected, "python tests/figures_table.py brings it up to date"
 
 
 def test_another_figure_is_seen() -> None:
-    results = load(ROOT / RUN)
+    results = load(ROOT / RESULTS)
     changed = copy.deepcopy(results)
-    next(v for v in changed[0]["cases"][1]["variants"] if v["name"] == DEFAULT)["speedup_step"] += 0.2
-    assert markdown(changed, RUN) != markdown(results, RUN)
+    next(v for v in changed["one"]["cases"][1]["variants"] if v["name"] == DEFAULT)["speedup_step"] += 0.2
+    assert markdown(changed, RESULTS) != markdown(results, RESULTS)
 
 
 def test_what_stands_around_the_figures_stays() -> None:

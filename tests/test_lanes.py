@@ -297,6 +297,47 @@ def test_a_static_input_is_multiplied_once(same: str) -> None:
     assert lane_steps(assert_same(program)) > 8
 
 
+def test_slices_of_an_expanded_input_are_multiplied_once() -> None:
+    multiplied: list[int] = []
+
+    def program(side: Side) -> None:
+        image = torch.rand(BATCH, SIZES[0]).round()
+        for name, x in (("slices", list(image.expand(8, *image.shape))), ("the same", [image] * 8)):
+            net = Net(side)
+            net(frames(2))
+            mems, loss, before = net.start(), torch.zeros(()), sparse.counts["forward_sparse"]
+            for x_t in x:
+                spk, mems[0] = net.lif1(net.fc1(x_t), mems[0])
+                loss = loss + weighted(spk, mems[0])
+            multiplied.append(sparse.counts["forward_sparse"] - before)
+            train(side, net.fc1, loss, f"{name}: ")
+
+    assert_same(program, bitwise=False, forward="sparse", crossover=1.0)
+    fused = multiplied[-2:]
+    assert 0 < fused[0] == fused[1] < 4, multiplied
+
+
+@pytest.mark.parametrize("how", ["changed", "with a gradient", "some with a gradient", "other rows"])
+def test_slices_of_an_expanded_input_that_are_not_the_same(how: str) -> None:
+    def program(side: Side) -> None:
+        net, image = Net(side), torch.rand(BATCH + 1, SIZES[0])
+        image.requires_grad_("gradient" in how)
+        net(frames(2))
+        mems, loss = net.start(), torch.zeros(())
+        for t, x in enumerate(image.expand(8, *image.shape)):
+            if how == "changed" and t > 4:
+                image.mul_(0.5)
+            rows = x[1:] if how == "other rows" and t % 2 else x[:-1]
+            current = net.fc1(rows.detach() if how.startswith("some") and t % 3 else rows)
+            spk, mems[0] = net.lif1(current, mems[0])
+            side.output(f"spikes {t}", spk)
+            loss = loss + weighted(spk, mems[0])
+        if how != "changed":
+            train(side, net.fc1, loss, **({"x": image} if image.requires_grad else {}))
+
+    assert_same(program)
+
+
 def test_an_input_that_changes_in_place_is_refused_as_by_autograd() -> None:
     def program(side: Side) -> None:
         net, x, loss = Net(side), torch.rand(BATCH, SIZES[0]), torch.zeros(())

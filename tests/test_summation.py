@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -20,6 +21,7 @@ Linear = Callable[..., Tensor]
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(summation, "_orders", {})
+    monkeypatch.setattr(summation, "_waiting", Counter())
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -141,6 +143,29 @@ def test_asked_once_for_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(2)
     summation.order_of(8, 70, 80, torch.float32, True)
     assert len(calls) == 2 * once
+
+
+def test_the_order_of_a_large_product_is_found_once_it_was_needed_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    host = in_chunks(35, 70)
+    monkeypatch.setattr(F, "linear", lambda *a: calls.append(1) or host(*a))
+    monkeypatch.setattr(summation, "MOST_AT_ONCE", 8 * 70 * 80 - 1)
+    for _ in range(summation.PATIENCE):
+        assert summation.order_of(8, 70, 80, torch.float32, True) is None
+    assert not calls
+    assert summation.order_of(8, 70, 80, torch.float32, True) == Order((35, 70))
+    assert summation.order_of(8, 70, 81, torch.float32, True) is None
+    with summation.found_at_once():
+        assert summation.order_of(8, 70, 81, torch.float32, True) == Order((35, 70))
+    assert summation.order_of(8, 70, 82, torch.float32, True) is None
+
+
+@pytest.mark.parametrize("limit", ["MOST", "LARGEST_OPERAND"])
+def test_a_product_may_be_too_large(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(F, "linear", None)
+    monkeypatch.setattr(summation, limit, 5599)
+    with summation.found_at_once():
+        assert summation.order_of(8, 70, 80, torch.float32, True) is None
 
 
 def test_a_narrower_format_has_no_order() -> None:

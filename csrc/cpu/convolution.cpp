@@ -6,6 +6,7 @@
 #include "../raster.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "strips.h"
 #include "windows.h"
 
 namespace snn {
@@ -35,6 +36,16 @@ class Axis {
   std::vector<Stop> all_;
   std::vector<int64_t> first_;
 };
+
+// out[j * out_stride + i] = in[i * in_stride + j] for i < rows, j < cols.
+template <class T>
+void transpose_all(const T* in, int64_t in_stride, int64_t rows, int64_t cols, T* out, int64_t out_stride) {
+  constexpr int64_t side = Square<T>::kSide;
+  for (int64_t i = 0; i < rows; i += side)
+    for (int64_t j = 0; j < cols; j += side)
+      transpose(in + i * in_stride + j, in_stride, std::min(side, rows - i), std::min(side, cols - j),
+                out + j * out_stride + i, out_stride);
+}
 
 template <class T> class Images {
  public:
@@ -72,8 +83,7 @@ template <class T> class Images {
     const T* grad = static_cast<const T*>(a.grad) + row * a.outputs * stops;
     for (int64_t p = 0; p < stops && a.outputs < a.padded; p++)
       std::fill(out + p * a.padded + a.outputs, out + (p + 1) * a.padded, T(0));
-    for (int64_t o = 0; o < a.outputs; o++)
-      for (int64_t p = 0; p < stops; p++) out[p * a.padded + o] = grad[o * stops + p];
+    transpose_all(grad, stops, a.outputs, stops, out, a.padded);
   }
 
   const SnnConvolution& a;
@@ -151,10 +161,10 @@ template <class T> class ForwardProduct {
       with_vectors<T>(c_.padded, [&](auto vectors) { add_weights(spikes, count, sum, vectors); });
       if (!at_once) add(sum, total, image() / kVectorLanes<T>);
     }
-    T* out = static_cast<T*>(a_.current) + row * c_.outputs * images_.stops;
-    for (int64_t o = 0; o < c_.outputs; o++)
-      for (int64_t p = 0; p < images_.stops; p++)
-        out[o * images_.stops + p] = at_once ? sum[p * c_.padded + o] + bias_[o] : total[p * c_.padded + o];
+    for (int64_t p = 0; p < images_.stops && at_once; p++)
+      add(bias_.data(), sum + p * c_.padded, c_.padded / kVectorLanes<T>);
+    transpose_all(at_once ? sum : total, c_.padded, images_.stops, c_.outputs,
+                  static_cast<T*>(a_.current) + row * c_.outputs * images_.stops, images_.stops);
   }
 
  private:

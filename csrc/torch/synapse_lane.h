@@ -73,6 +73,7 @@ class SynapseLane final : public Lane {
   void claim(int64_t step) { claimed_ = step; }
 
  private:
+  bool same_values(const at::Tensor& x) const;
   void find_spikes(const at::Tensor& x, const NeuronLane* before, int64_t block);
   at::Tensor current_of(const at::Tensor& x, bool same);
 
@@ -128,6 +129,14 @@ bool SynapseLane::continues(PyObject* module) const {
       return false;
   }
   return weight_._version() == weight_version_ && (!bias_.defined() || bias_._version() == bias_version_);
+}
+
+// Whether an input is that of the step before; as in synapse_steps.py.
+bool SynapseLane::same_values(const at::Tensor& x) const {
+  if (!latest_.defined() || latest_version_ != x._version()) return false;
+  if (latest_.is_same(x)) return true;
+  return !x.requires_grad() && !latest_.requires_grad() && x.is_view() && latest_.is_view() &&
+         x.data_ptr() == latest_.data_ptr() && x.sizes() == latest_.sizes() && x._base().is_same(latest_._base());
 }
 
 // Looks up or makes the raster of an input.
@@ -191,7 +200,7 @@ PyObject* SynapseLane::step(PyObject* module, const at::Tensor& x, const NeuronL
   Edge edge = x.requires_grad() ? impl::gradient_edge(x) : Edge();
   if (!node_.admits(edge)) return nullptr;
   const NodePtr self = node_.getptr();
-  const bool same = latest_.defined() && latest_.is_same(x) && latest_version_ == x._version();
+  const bool same = same_values(x);
   if (!same) {
     find_spikes(x, before, block);
     ++entry_;
