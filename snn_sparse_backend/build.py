@@ -152,7 +152,7 @@ def _locked(entry: Path, verbose: bool) -> Iterator[None]:
             lock.acquire(timeout=timeout)
         except Timeout:
             waited = time.monotonic() - start
-            _say(f"waiting for another process that is compiling in {entry} ({waited:.0f} s so far)", verbose)
+            say(f"waiting for another process that is compiling in {entry} ({waited:.0f} s so far)", verbose)
             timeout = _WAIT_SECONDS
     try:
         yield
@@ -164,7 +164,7 @@ def _compile(recipe: Recipe, compiler: Compiler, ninja: Path, library: Path, ver
     """Compiles under the entry's lock; the library appears complete or not at all. Returns the seconds it took."""
     start = time.monotonic()
     entry = library.parent
-    _say(f"compiling {recipe.name} ({len(recipe.units)} files), once for this machine, into {entry}", verbose)
+    say(f"compiling {recipe.name} ({len(recipe.units)} files), once for this machine, into {entry}", verbose)
     for leftover in entry.glob("tmp-*"):  # of a builder that was killed: it does not hold the lock any more
         shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="tmp-", dir=entry, ignore_cleanup_errors=True) as folder:
@@ -177,7 +177,7 @@ def _compile(recipe: Recipe, compiler: Compiler, ninja: Path, library: Path, ver
         (entry / "key.json").write_text(json.dumps(key, indent=1))
         os.replace(Path(folder) / library.name, library)
     seconds = time.monotonic() - start
-    _say(f"compiled {recipe.name} in {seconds:.1f} s", verbose)
+    say(f"compiled {recipe.name} in {seconds:.1f} s", verbose)
     return seconds
 
 
@@ -230,8 +230,8 @@ def _failure(recipe: Recipe, compiler: Compiler, entry: Path, output: str) -> st
     )
 
 
-def _say(text: str, verbose: bool) -> None:
-    """One line for whoever wonders why the first call takes so long."""
+def say(text: str, verbose: bool = False) -> None:
+    """One line for whoever wonders why a call takes so long."""
     _logger.info(text)
     if verbose or (sys.stderr.isatty() and not _logger.isEnabledFor(logging.INFO)):
         print(f"snn_sparse_backend: {text}", file=sys.stderr, flush=True)
@@ -276,7 +276,7 @@ def build(verbose: bool = False, cuda: bool | None = None) -> list[Artifact]:
         except CompilerMissing as error:
             if recipe.name != CUDA or cuda:
                 raise
-            _say(f"{CUDA} is left out: {error}", verbose or bool(visible_gpus()))
+            say(f"{CUDA} is left out: {error}", verbose or bool(visible_gpus()))
     with _loading:
         for name in [name for name, outcome in _outcomes.items() if isinstance(outcome, BuildError)]:
             del _outcomes[name]

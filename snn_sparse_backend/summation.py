@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+from .build import say
 from .compat.precision import full_on_cpu
 from .kernels import Order, SynapseForward, pack
 
@@ -73,6 +74,9 @@ def order_of(rows: int, inputs: int, outputs: int, dtype: torch.dtype, bias: boo
             if multiplications > MOST_AT_ONCE and _waiting[key] < _patience:
                 _waiting[key] += 1
                 return None
+            if multiplications > MOST_AT_ONCE:
+                say(f"finding out how torch adds in products of {rows} x {inputs} x {outputs}, once; takes as long as "
+                    "about twenty of them")
             _orders[key] = _find(rows, inputs, outputs, dtype, bias)
         return _orders[key]
 

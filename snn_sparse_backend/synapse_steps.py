@@ -50,8 +50,8 @@ class Step:
 
 
 def same_values(x: torch.Tensor, before: torch.Tensor | None) -> bool:
-    """Whether an input is the tensor of the step before, or, where no gradient flows to either, another view of the same
-    memory, as the slices of an expanded image are. (Views of one tensor share its version.)"""
+    """Whether an input is that of the step before: the same tensor, or, where no gradient flows to either, another view
+    of the same memory, as the slices of an expanded image are. (Views of one tensor share its version.)"""
     if x is before or before is None:
         return x is before
     return (

@@ -15,7 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "benchmarks/results"
 # By instruction set and threads; cases of a later file stand for those of an earlier one.
 FILES = {
-    "wide": ("2026-11-29-cpu/threads-1/bench.json",),
+    "wide": ("2026-11-29-cpu/threads-1/bench.json", "2026-11-29-cpu/conv-1/bench.json",
+             "2026-11-29-cpu/norse-2048-1/bench.json", "2026-11-29-cpu/norse-4096-1/bench.json"),
+    "wide, two": ("2026-11-29-cpu/threads-2/bench.json", "2026-11-29-cpu/conv-2/bench.json",
+                  "2026-11-29-cpu/small-2/bench.json"),
     "one": ("2026-11-28-cpu/threads-1/bench.json", "2026-11-28-cpu/recurrent-1/bench.json",
             "2026-11-28-cpu/again-1/bench.json"),
     "two": ("2026-11-28-cpu/threads-2/bench.json", "2026-11-28-cpu/wide-2/bench.json",
@@ -99,12 +102,13 @@ def machine(result: dict[str, Any]) -> str:
 
 def markdown(results: dict[str, dict[str, Any]], folder: str) -> str:
     """All of it; ``folder``: where the files are, from the README."""
-    wide, one, two = (results[key] for key in FILES)
+    wide, wide_two, one, two = (results[key] for key in FILES)
     e = wide["environment"]
     first = {case["library"]: case for case in reversed(wide["cases"])}
     versions = ", ".join(f"{name} {e[name].split('+')[0]}" for name in ("torch", "snntorch", "norse", "spikingjelly"))
-    pictures = ", ".join(f"[{name}]({folder}/{Path(FILES['wide'][0]).parent}/{name})"
-                         for name in ("bench.png", "memory.png"))
+    place = f"{folder}/{Path(FILES['wide'][0]).parent}"
+    pictures = ", ".join(f"[{name}]({place}/{name})" for name in ("bench.png", "memory.png"))
+    files = ", ".join(f"[{name}]({folder}/{name})" for names in FILES.values() for name in names)
     lines = [
         "One training step, forward and backward, medians of interleaved rounds in one process, one thread of an",
         f"{machine(wide)}, float32, {versions};",
@@ -116,14 +120,18 @@ def markdown(results: dict[str, dict[str, Any]], folder: str) -> str:
         "Whole step, stock library = 1 (Norse: its sequence form, whose backward is quadratic in T where the input",
         "of a layer needs a gradient), and as a share of the bare dense matrix products of the step:",
         "", *overview(wide["cases"]), "",
+        "Two threads:",
+        "", *overview(wide_two["cases"]), "",
         f"One thread of an {machine(one)}, whose dense products are slower:",
         "", *overview(one["cases"]), "",
-        "Two threads of the latter:",
+        "Two threads of that machine:",
         "", *overview(two["cases"]), "",
-        "Commands: `python -m snn_sparse_backend bench --threads 1`, on the second machine later again with",
-        "`--only 700-1000`; `--threads 1 --preset recurrent` for the layers marked r; `--threads 2`, in three runs: the",
-        "first eleven cases, `--library snntorch --only 4096`, and `--library norse --only B=16`.",
-        f"Files: {', '.join(f'[{name}]({folder}/{name})' for names in FILES.values() for name in names)},",
+        "Commands: `python -m snn_sparse_backend bench --threads 1`, and again where something had become faster: on",
+        "the first machine with `--only 12C5` and `--library norse --only 2048`, then `4096`, on the second with",
+        "`--only 700-1000`; `--threads 1 --preset recurrent` for the layers marked r. With `--threads 2`, on the first",
+        "machine `--only 700-`, `12C5` and `00-10`; on the second, in three runs, the first eleven cases,",
+        "`--library snntorch --only 4096`, and `--library norse --only B=16`.",
+        f"Files: {files},",
         f"{pictures}.",
     ]
     return "\n".join(lines)
