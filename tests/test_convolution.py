@@ -272,17 +272,22 @@ def test_one_node_for_a_sequence(dtype: torch.dtype, spikes: bool, pool: str, cu
         assert counts["conv_input_sparse" if cutoff and not spikes else "conv_input_dense"] == 1, counts
 
 
-@DTYPES
-def test_static_image_is_convolved_and_pooled_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Tensor] = []
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What was convolved by the host's own code."""
+    seen: list[Tensor] = []
     host = nn.Conv2d._conv_forward
 
     def counted(self: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        calls.append(x)
+        seen.append(x)
         return host(self, x, weight, bias)
 
     monkeypatch.setattr(nn.Conv2d, "_conv_forward", counted)
+    return seen
 
+
+@DTYPES
+def test_static_image_is_convolved_and_pooled_once(dtype: torch.dtype, calls: list[Tensor]) -> None:
     def program(side: Side) -> None:
         net, image = Net(side), torch.rand(3, 2, 12, 12).requires_grad_()
         for batch in range(2):
@@ -302,16 +307,7 @@ def test_static_image_is_convolved_and_pooled_once(dtype: torch.dtype, monkeypat
         assert_same(program, synapses=True)
 
 
-def test_slices_of_an_expanded_image_are_convolved_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Tensor] = []
-    host = nn.Conv2d._conv_forward
-
-    def counted(self: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        calls.append(x)
-        return host(self, x, weight, bias)
-
-    monkeypatch.setattr(nn.Conv2d, "_conv_forward", counted)
-
+def test_slices_of_an_expanded_image_are_convolved_once(calls: list[Tensor]) -> None:
     def program(side: Side) -> None:
         net, image = Net(side), torch.rand(3, 2, 12, 12)
         train(side, net, net(image.expand(6, *image.shape)), "first: ")
