@@ -38,7 +38,7 @@ FEWEST, MOST = 1 << 15, 1 << 38
 # Above, it takes seconds: that waits until a product was asked about so often that it has taken as long itself.
 MOST_AT_ONCE, PATIENCE = 1 << 33, 20
 # Numbers in an operand: probing and verifying take several of that size.
-LARGEST_OPERAND = 1 << 26
+LARGEST_OPERAND = 1 << 27
 _HUGE = {torch.float32: 2.0**60, torch.float64: 2.0**120}
 _DENSITIES = (0.02, 0.3, 1.0)
 _SUBNORMAL = 5e-324

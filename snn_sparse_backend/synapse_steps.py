@@ -23,7 +23,7 @@ class Entry:
     raster: Raster | None
     dense: torch.Tensor | None  # [rows, inputs], a detached alias
     version: int
-    seen: int  # version of the tensor when it was multiplied, to see that it is the same at every step
+    seen: tuple[int, bool]  # version of the tensor when it was multiplied, and whether it required a gradient
 
     def values(self, dtype: torch.dtype) -> torch.Tensor:
         """The input as a matrix ``[rows, inputs]``.
@@ -113,7 +113,7 @@ class SynapseRun:
 
     def _entry(self, index: int) -> Entry:
         if not self._table[index]:
-            return Entry(None, self.dense[index], self._versions[index], 0)
+            return Entry(None, self.dense[index], self._versions[index], (0, False))
         (raster,) = rasters_at(self._table[index : index + 1], self.raster, self._rows, self._cols)
         raster.ones = self._ones[index]
-        return Entry(raster, None, 0, 0)
+        return Entry(raster, None, 0, (0, False))

@@ -98,7 +98,7 @@ class SynapseTape(Tape):
 
     def entry_of(self, x: torch.Tensor, tag: SpikeTag | None) -> Entry:
         """What to keep of an input; the entry of the previous step if it is the same tensor again."""
-        seen = x._version
+        seen = (x._version, x.requires_grad)
         if self.steps and same_values(x, self.latest) and self.steps[-1].entry.seen == seen:
             return self.steps[-1].entry
         flat = x.detach().reshape(-1, x.shape[-1])

@@ -319,6 +319,19 @@ def test_slices_of_an_expanded_image_are_convolved_once(calls: list[Tensor]) -> 
     assert_same(program, synapses=True)
 
 
+def test_static_image_that_learns_from_some_step_on() -> None:
+    def program(side: Side) -> None:
+        net, image, loss = Net(side), torch.rand(3, 2, 12, 12), torch.zeros(())
+        mem = net.lif1.reset_mem()
+        for t in range(5):
+            image.requires_grad_(t > 1)
+            spk, mem = net.lif1(net.pool(net.conv1(image)), mem)
+            loss = loss + weighted(spk, mem)
+        train(side, nn.ModuleList([net.conv1]), loss, x=image)
+
+    assert_same(program)
+
+
 def test_static_image_whose_current_is_edited() -> None:
     """Copies must be independent of each other, and an edited current is pooled anew."""
     def program(side: Side) -> None:

@@ -338,6 +338,24 @@ def test_slices_of_an_expanded_input_that_are_not_the_same(how: str) -> None:
     assert_same(program)
 
 
+@pytest.mark.parametrize("first", [1, 4])
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_static_input_that_learns_from_some_step_on(first: int, learns: bool) -> None:
+    def program(side: Side) -> None:
+        net, x = Net(side), torch.rand(BATCH, SIZES[0]).requires_grad_(not learns)
+        net(frames(2))
+        mems, loss = net.start(), torch.zeros(())
+        for t in range(8):
+            if t == first:
+                x.requires_grad_(learns)
+            spk, mems[0] = net.lif1(net.fc1(x), mems[0])
+            loss = loss + weighted(spk, mems[0])
+        x.requires_grad_()
+        train(side, net.fc1, loss, x=x)
+
+    assert_same(program)
+
+
 def test_an_input_that_changes_in_place_is_refused_as_by_autograd() -> None:
     def program(side: Side) -> None:
         net, x, loss = Net(side), torch.rand(BATCH, SIZES[0]), torch.zeros(())

@@ -53,6 +53,7 @@ class SynapseLane final : public Lane {
     direct_ = spec.flag("direct");
     latest_ = spec.tensor("latest");
     latest_version_ = latest_.defined() ? latest_._version() : 0;
+    latest_learns_ = latest_.defined() && latest_.requires_grad();
     latest_storage_ = spec.tensor("latest_raster");
     latest_raster_ = latest_storage_.defined() ? latest_storage_.const_data_ptr<int64_t>() : nullptr;
     latest_ones_ = spec.integer("latest_ones");
@@ -99,6 +100,7 @@ class SynapseLane final : public Lane {
 
   at::Tensor latest_;  // input of the last step
   uint32_t latest_version_ = 0;
+  bool latest_learns_ = false;
   at::Tensor repeated_;  // an alias of the last current, while the input stays the same
   uint32_t repeated_version_ = 0;
   const int64_t* latest_raster_ = nullptr;  // null: the last input was not one of zeros and ones
@@ -133,9 +135,9 @@ bool SynapseLane::continues(PyObject* module) const {
 
 // Whether an input is that of the step before; as in synapse_steps.py.
 bool SynapseLane::same_values(const at::Tensor& x) const {
-  if (!latest_.defined() || latest_version_ != x._version()) return false;
+  if (!latest_.defined() || latest_version_ != x._version() || latest_learns_ != x.requires_grad()) return false;
   if (latest_.is_same(x)) return true;
-  return !x.requires_grad() && !latest_.requires_grad() && x.is_view() && latest_.is_view() &&
+  return !x.requires_grad() && x.is_view() && latest_.is_view() &&
          x.data_ptr() == latest_.data_ptr() && x.sizes() == latest_.sizes() && x._base().is_same(latest_._base());
 }
 
@@ -228,6 +230,7 @@ PyObject* SynapseLane::step(PyObject* module, const at::Tensor& x, const NeuronL
   if (!owner_) {  // nobody gives the same spikes twice, and they would be kept
     latest_ = x;
     latest_version_ = x._version();
+    latest_learns_ = x.requires_grad();
   }
   ++steps_;
   add_count(counts_.object, "synapse_steps");
