@@ -112,7 +112,7 @@ def _forward(kind: Kind, module: Any, x: Tensor, given: tuple[Tensor | None, ...
         return kind.host(module, x, *given)
     options = options_of(module)
     missing = 0
-    for state in given:
+    for state in given:  # not a generator, whose start costs more than all of this
         missing += state is None
     if options is None or not torch.is_grad_enabled() or (module.init_hidden and missing < len(given)):
         return kind.host(module, x, *given)
@@ -121,9 +121,7 @@ def _forward(kind: Kind, module: Any, x: Tensor, given: tuple[Tensor | None, ...
         buffers = module._buffers
         states = [buffers.get(name) if state is None else state
                   for name, state in zip(kind.states, given, strict=True)]
-    if not kind.straight:
-        states = kind.inner(states)
-    done = _step(kind, module, options, x, states)
+    done = _step(kind, module, options, x, kind.inner(states))
     return kind.host(module, x, *given) if done is None else _hand_out(kind, module, *done)
 
 
@@ -161,7 +159,7 @@ def _hand_out(kind: Kind, module: Any, spk: Tensor, states: Sequence[Tensor]) ->
     if len(states) == 1:
         buffers["mem"] = states[0]
     else:
-        states = states if kind.straight else kind.outer(states)
+        states = kind.outer(states)
         for name, state in zip(kind.states, states, strict=True):
             buffers[name] = state
     if module.init_hidden and not module.output:

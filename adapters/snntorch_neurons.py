@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import snntorch as snn
@@ -36,7 +37,6 @@ class Kind:
         host: its ``forward``.
         methods: the methods that its step calls, as the library has them.
         delays: whether it has ``reset_delay``.
-        straight: its order of states is that of the dynamics.
     """
 
     states: tuple[str, ...]
@@ -49,23 +49,24 @@ class Kind:
     delays: bool = True
     constants: Mapping[str, str] = field(default_factory=dict)
     attributes: tuple[str, ...] = ()
-    straight: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "straight", self.order == tuple(range(len(self.order))))
 
     @property
     def recurrent(self) -> bool:
         """Whether its spikes drive its next step: then they are the first of its states."""
         return self.states[0] == "spk"
 
-    def inner(self, states: Sequence[Any]) -> list[Any]:
-        """States in the order of the dynamics."""
-        return [states[place] for place in self.order]
+    @cached_property
+    def _in_order(self) -> bool:
+        """Whether its states have the order of the dynamics: most do, and this is asked in every step."""
+        return self.order == tuple(range(len(self.order)))
 
-    def outer(self, states: Sequence[Any]) -> list[Any]:
+    def inner(self, states: Sequence[Any]) -> Sequence[Any]:
+        """States in the order of the dynamics."""
+        return states if self._in_order else [states[place] for place in self.order]
+
+    def outer(self, states: Sequence[Any]) -> Sequence[Any]:
         """States in the order of the class, from that of the dynamics."""
-        return [states[self.order.index(place)] for place in range(len(states))]
+        return states if self._in_order else [states[self.order.index(place)] for place in range(len(states))]
 
     def find(self, module: Any, name: str) -> Any:
         """A parameter or buffer."""

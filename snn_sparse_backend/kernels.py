@@ -99,11 +99,9 @@ def count(raster: Raster) -> int:
 
 def density(raster: Raster) -> float | None:
     """The share of ones. On CUDA that of earlier steps or sequences, and None where nothing is known yet."""
-    if raster.ones is not None:
-        return raster.ones / max(raster.rows * raster.cols, 1)
-    if not event_parallel(raster.device):
-        return count(raster) / max(raster.sites, 1)
-    return raster.densities.for_choice().spikes if raster.densities is not None else None
+    if raster.ones is None and event_parallel(raster.device):
+        return raster.densities.for_choice().spikes if raster.densities is not None else None
+    return count(raster) / max(raster.sites, 1)
 
 
 @dataclass(frozen=True)

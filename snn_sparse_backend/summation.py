@@ -71,10 +71,10 @@ def order_of(rows: int, inputs: int, outputs: int, dtype: torch.dtype, bias: boo
     key = (rows, inputs, outputs, dtype, bias, threads, torch.backends.mkldnn.enabled, _flushes())
     with _lock:
         if key not in _orders:
-            if multiplications > MOST_AT_ONCE and _waiting[key] < _patience:
-                _waiting[key] += 1
-                return None
             if multiplications > MOST_AT_ONCE:
+                if _waiting[key] < _patience:
+                    _waiting[key] += 1
+                    return None
                 say(f"finding out how torch adds in products of {rows} x {inputs} x {outputs}, once; takes as long as "
                     "about twenty of them")
             _orders[key] = _find(rows, inputs, outputs, dtype, bias)
@@ -85,11 +85,11 @@ def order_of(rows: int, inputs: int, outputs: int, dtype: torch.dtype, bias: boo
 def found_at_once() -> Iterator[None]:
     """Inside, the orders of large products are looked for when they are first asked about."""
     global _patience
-    _patience = 0
+    before, _patience = _patience, 0
     try:
         yield
     finally:
-        _patience = PATIENCE
+        _patience = before
 
 
 def finite(weight: torch.Tensor) -> bool:

@@ -15,14 +15,14 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "benchmarks/results"
 # By instruction set and threads; cases of a later file stand for those of an earlier one.
 FILES = {
-    "wide": ("2026-11-29-cpu/threads-1/bench.json", "2026-11-29-cpu/conv-1/bench.json",
-             "2026-11-29-cpu/norse-2048-1/bench.json", "2026-11-29-cpu/norse-4096-1/bench.json"),
-    "wide, two": ("2026-11-29-cpu/threads-2/bench.json", "2026-11-29-cpu/conv-2/bench.json",
-                  "2026-11-29-cpu/small-2/bench.json"),
-    "one": ("2026-11-28-cpu/threads-1/bench.json", "2026-11-28-cpu/recurrent-1/bench.json",
-            "2026-11-28-cpu/again-1/bench.json"),
-    "two": ("2026-11-28-cpu/threads-2/bench.json", "2026-11-28-cpu/wide-2/bench.json",
-            "2026-11-28-cpu/norse-2/bench.json"),
+    "AVX-512": ("2026-11-29-cpu/threads-1/bench.json", "2026-11-29-cpu/conv-1/bench.json",
+                "2026-11-29-cpu/norse-2048-1/bench.json", "2026-11-29-cpu/norse-4096-1/bench.json"),
+    "AVX-512, two threads": ("2026-11-29-cpu/threads-2/bench.json", "2026-11-29-cpu/conv-2/bench.json",
+                             "2026-11-29-cpu/small-2/bench.json"),
+    "AVX2": ("2026-11-28-cpu/threads-1/bench.json", "2026-11-28-cpu/recurrent-1/bench.json",
+             "2026-11-28-cpu/again-1/bench.json"),
+    "AVX2, two threads": ("2026-11-28-cpu/threads-2/bench.json", "2026-11-28-cpu/wide-2/bench.json",
+                          "2026-11-28-cpu/norse-2/bench.json"),
 }
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 ROWS = {
@@ -106,7 +106,7 @@ def markdown(results: dict[str, dict[str, Any]], folder: str) -> str:
     e = wide["environment"]
     first = {case["library"]: case for case in reversed(wide["cases"])}
     versions = ", ".join(f"{name} {e[name].split('+')[0]}" for name in ("torch", "snntorch", "norse", "spikingjelly"))
-    place = f"{folder}/{Path(FILES['wide'][0]).parent}"
+    place = f"{folder}/{Path(FILES['AVX-512'][0]).parent}"
     pictures = ", ".join(f"[{name}]({place}/{name})" for name in ("bench.png", "memory.png"))
     files = ", ".join(f"[{name}]({folder}/{name})" for names in FILES.values() for name in names)
     lines = [
@@ -129,7 +129,8 @@ def markdown(results: dict[str, dict[str, Any]], folder: str) -> str:
         "Commands: `python -m snn_sparse_backend bench --threads 1`, and again where something had become faster: on",
         "the first machine with `--only 12C5` and `--library norse --only 2048`, then `4096`, on the second with",
         "`--only 700-1000`; `--threads 1 --preset recurrent` for the layers marked r. With `--threads 2`, on the first",
-        "machine `--only 700-`, `12C5` and `00-10`; on the second, in three runs, the first eleven cases,",
+        "machine and with `--compile-seconds 0`, `--only 700-`, `12C5` and `00-10`; on the second, in three runs, the",
+        "first eleven cases,",
         "`--library snntorch --only 4096`, and `--library norse --only B=16`.",
         f"Files: {files},",
         f"{pictures}.",

@@ -323,17 +323,20 @@ def test_slices_of_an_expanded_input_that_are_not_the_same(how: str) -> None:
         net, image = Net(side), torch.rand(BATCH + 1, SIZES[0])
         image.requires_grad_("gradient" in how)
         net(frames(2))
-        mems, loss = net.start(), torch.zeros(())
+        mems, loss, leaves = net.start(), torch.zeros(()), {}
         for t, x in enumerate(image.expand(8, *image.shape)):
             if how == "changed" and t > 4:
                 image.mul_(0.5)
             rows = x[1:] if how == "other rows" and t % 2 else x[:-1]
+            if image.requires_grad:
+                leaves[f"x{t}"] = rows
+                rows.retain_grad()
             current = net.fc1(rows.detach() if how.startswith("some") and t % 3 else rows)
             spk, mems[0] = net.lif1(current, mems[0])
             side.output(f"spikes {t}", spk)
             loss = loss + weighted(spk, mems[0])
         if how != "changed":
-            train(side, net.fc1, loss, **({"x": image} if image.requires_grad else {}))
+            train(side, net.fc1, loss, **leaves)
 
     assert_same(program)
 

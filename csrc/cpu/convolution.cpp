@@ -37,16 +37,6 @@ class Axis {
   std::vector<int64_t> first_;
 };
 
-// out[j * out_stride + i] = in[i * in_stride + j] for i < rows, j < cols.
-template <class T>
-void transpose_all(const T* in, int64_t in_stride, int64_t rows, int64_t cols, T* out, int64_t out_stride) {
-  constexpr int64_t side = Square<T>::kSide;
-  for (int64_t i = 0; i < rows; i += side)
-    for (int64_t j = 0; j < cols; j += side)
-      transpose(in + i * in_stride + j, in_stride, std::min(side, rows - i), std::min(side, cols - j),
-                out + j * out_stride + i, out_stride);
-}
-
 template <class T> class Images {
  public:
   explicit Images(const SnnConvolution& a)

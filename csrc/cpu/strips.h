@@ -211,5 +211,19 @@ SNN_HD void transpose(const T* in, int64_t in_stride, int64_t rows, int64_t cols
   for (int64_t j = 0; j < side; j++) store(out + j * out_stride, square.row[j]);
 }
 
+// The same for any rows and cols, square by square.
+template <class T>
+void transpose_all(const T* in, int64_t in_stride, int64_t rows, int64_t cols, T* out, int64_t out_stride) {
+  constexpr int64_t side = Square<T>::kSide;
+  for (int64_t i = 0; i < rows; i += side)
+    for (int64_t j = 0; j < cols; j += side) {
+      const int64_t height = std::min(side, rows - i), width = std::min(side, cols - j);
+      T* to = out + j * out_stride + i;
+      // Stores wait for their cache lines one after the other: fetch those of the next square below all at once.
+      for (int64_t k = 0; k < width; k++) __builtin_prefetch(to + k * out_stride + side, 1);
+      transpose(in + i * in_stride + j, in_stride, height, width, to, out_stride);
+    }
+}
+
 }  // namespace SSB_ISA
 }  // namespace snn

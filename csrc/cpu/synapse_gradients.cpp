@@ -12,20 +12,6 @@ namespace {
 
 // ---------------------------------------------------------------------------------------------- weights
 
-// to[k * stride + j] = sums[j * columns + k]
-template <class T>
-void put_transposed(const T* sums, int64_t inputs, int64_t columns, int64_t lanes, T* to, int64_t stride) {
-  constexpr int64_t side = Square<T>::kSide;
-  for (int64_t j = 0; j < inputs; j += side)
-    for (int64_t k = 0; k < lanes; k += side) {
-      const int64_t width = std::min(side, lanes - k);
-      T* out = to + k * stride + j;
-      // Stores wait for their cache lines one after the other: fetch those of the next inputs all at once.
-      for (int64_t i = 0; i < width; i++) __builtin_prefetch(out + i * stride + side, 1);
-      transpose(sums + j * columns + k, columns, std::min(side, inputs - j), width, out, stride);
-    }
-}
-
 // Vectors of a strip. What is added to less than eight sums is added to them and to others in turn, since one chain of
 // additions would wait for each result.
 constexpr int kSumVectors = kVectorBytes == 64 ? kStripVectors / 2 : kStripVectors;
@@ -70,8 +56,8 @@ template <class T, int kVectors> void weight_strip(const SnnWeightGradient& a, i
     for (int64_t r = 0; r < rows; r++) block.add(grad + r * columns);
     bias.add(block);
   }
-  put_transposed(sums.get(), j1 - j0, columns, source.lanes(),
-                 static_cast<T*>(a.grad_weight) + output * a.inputs + j0, a.inputs);
+  transpose_all(sums.get(), columns, j1 - j0, source.lanes(),
+                static_cast<T*>(a.grad_weight) + output * a.inputs + j0, a.inputs);
   if (!wants_bias) return;
   T padded[columns];
   bias.put(padded);
