@@ -319,6 +319,28 @@ def test_slices_of_an_expanded_image_are_convolved_once(calls: list[Tensor]) -> 
     assert_same(program, synapses=True)
 
 
+@pytest.mark.parametrize("how", ["changed", "other rows", "with a gradient"])
+def test_slices_of_an_expanded_image_that_are_not_the_same(how: str) -> None:
+    def program(side: Side) -> None:
+        net, image, loss, leaves = Net(side), torch.rand(4, 2, 12, 12), torch.zeros(()), {}
+        image.requires_grad_(how == "with a gradient")
+        mem = net.lif1.reset_mem()
+        for t, x in enumerate(image.expand(6, *image.shape)):
+            if how == "changed" and t > 2:
+                image.mul_(0.5)
+            rows = x[1:] if how == "other rows" and t % 2 else x[:-1]
+            if image.requires_grad:
+                leaves[f"x{t}"] = rows
+                rows.retain_grad()
+            spk, mem = net.lif1(net.pool(net.conv1(rows)), mem)
+            side.output(f"membrane {t}", mem)
+            loss = loss + weighted(spk, mem)
+        if how != "changed":
+            train(side, nn.ModuleList([net.conv1]), loss, **leaves)
+
+    assert_same(program)
+
+
 def test_static_image_that_learns_from_some_step_on() -> None:
     def program(side: Side) -> None:
         net, image, loss = Net(side), torch.rand(3, 2, 12, 12), torch.zeros(())
